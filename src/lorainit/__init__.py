@@ -1,0 +1,56 @@
+"""Better starting values for LoRA adapters, on top of Hugging Face PEFT.
+
+report = lorainit.initialize(model, "loram")
+...train as usual...
+lorainit.save_pretrained(model, "out")      # one plain LoRA adapter for the original base
+"""
+
+from __future__ import annotations
+
+from . import methods
+from .checkpoint import export, load, merge, save_pretrained
+from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
+from .initialize import initialize
+from .methods import Factors, Method, MethodInfo, available, get_method, register
+from .methods.gaussian import Gaussian
+from .methods.init_ab import InitAB
+from .methods.kaiming import Kaiming
+from .methods.loram import LoRAM
+from .methods.milora import MiLoRA
+from .methods.olora import OLoRA
+from .methods.orthogonal import Orthogonal
+from .methods.pissa import PiSSA
+from .report import InitReport, LayerReport
+from .sites import LoraSite, find_sites
+from .version import __version__
+
+__all__ = [
+    "Factors",
+    "Gaussian",
+    "InitAB",
+    "InitReport",
+    "Kaiming",
+    "LayerReport",
+    "LoRAM",
+    "LoraInitError",
+    "LoraSite",
+    "Method",
+    "MethodInfo",
+    "MiLoRA",
+    "NonFiniteError",
+    "OLoRA",
+    "Orthogonal",
+    "PiSSA",
+    "UnsupportedLayerError",
+    "__version__",
+    "available",
+    "export",
+    "find_sites",
+    "get_method",
+    "initialize",
+    "load",
+    "merge",
+    "methods",
+    "register",
+    "save_pretrained",
+]

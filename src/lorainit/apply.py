@@ -1,0 +1,129 @@
+"""Writes a start into an adapter, and puts everything back when something fails."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import offset
+from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
+from .methods.method import Factors
+from .sites import LoraSite
+
+Base = Literal["keep", "offset", "subtract"]
+
+
+class Undo:
+    """What was changed so far, and how to put it back.
+
+    Adapters are small and are copied before they are written; a base weight is copied only where ``base="subtract"``
+    edits it.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing to undo."""
+        self._adapters: list[tuple[LoraSite, list[Tensor], bool | None]] = []
+        self._weights: list[tuple[nn.Parameter, Tensor]] = []
+
+    def remember_adapter(self, site: LoraSite) -> None:
+        """Copy the adapter's trained factors and its offset, if it has one."""
+        pair = (site.lora_A, site.lora_B)
+        copies = [offset.trained_factor(m).detach().clone() for m in pair]
+        edited = None
+        if offset.is_attached(site.lora_A):
+            copies += [m.offset.clone() for m in pair]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            edited = bool(site.lora_A.base_edited)
+        self._adapters.append((site, copies, edited))
+
+    def remember_weight(self, weight: nn.Parameter) -> None:
+        """Copy a base weight that is about to be edited."""
+        self._weights.append((weight, weight.detach().clone()))
+
+    def restore(self) -> None:
+        """Put every remembered tensor back, bit for bit."""
+        with torch.no_grad():
+            for weight, copy in self._weights:
+                weight.copy_(copy)
+            for site, copies, edited in self._adapters:
+                pair = (site.lora_A, site.lora_B)
+                offset.detach(*pair)
+                if edited is not None:
+                    for module, frozen in zip(pair, copies[2:], strict=True):
+                        offset.trained_factor(module).copy_(frozen)
+                    offset.attach(*pair, base_edited=edited)
+                for module, trained in zip(pair, copies[:2], strict=True):
+                    offset.trained_factor(module).copy_(trained)
+
+
+@contextlib.contextmanager
+def all_or_nothing() -> Iterator[Undo]:
+    """Yield an `Undo`; on any exception, Ctrl-C included, restore what it remembers and re-raise."""
+    undo = Undo()
+    try:
+        yield undo
+    except BaseException:
+        undo.restore()
+        raise
+
+
+def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
+    """Write a start into the adapter and treat the base as asked; return whether an offset or edit was needed.
+
+    The factors are rounded to the adapter's dtype *first*: A₀, B₀ are the stored values, so the offset cancels them to
+    the last bit and a subtraction removes what the adapter really adds. Where B₀A₀ = 0 because a factor is zero, there
+    is nothing to offset and the adapter stays plain.
+
+    Raises:
+        NonFiniteError: the start holds NaN or infinity, possibly only in the adapter's dtype.
+    """
+    undo.remember_adapter(site)
+    pair = (site.lora_A, site.lora_B)
+    offset.detach(*pair)
+    with torch.no_grad():
+        for module, factor in zip(pair, start, strict=True):
+            trained = offset.trained_factor(module)
+            trained.copy_(factor.reshape(trained.shape))
+            if not torch.isfinite(trained).all():
+                raise NonFiniteError(f"layer '{site.name}': the start is not finite in the adapter's {trained.dtype}")
+        bias = getattr(site.lora_B, "bias", None)
+        if bias is not None and bool(bias.any()):
+            raise LoraInitError(f"layer '{site.name}': lora_B has a trained bias; start from a fresh adapter")
+        if base == "keep" or not all(bool(offset.trained_factor(m).any()) for m in pair):
+            return False
+        if base == "subtract":
+            _subtract(site, undo)
+        offset.attach(*pair, base_edited=base == "subtract")
+    return True
+
+
+def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
+    """Raise if a base weight cannot be edited without side effects: quantized, or shared with another module."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for site in sites:
+        weight = getattr(site.base_layer, "weight", None)
+        if not (isinstance(weight, Tensor) and weight.dtype.is_floating_point and type(weight) is nn.Parameter):
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': base='subtract' cannot edit a {type(site.base_layer).__name__}; use base='offset'"
+            )
+        others = [name for name in owners.get(id(weight), []) if not name.endswith(f"{site.name}.base_layer.weight")]
+        if others:
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': base='subtract' would also edit {', '.join(others)}, which shares its weight; "
+                "use base='offset'"
+            )
+
+
+def _subtract(site: LoraSite, undo: Undo) -> None:
+    """Edit the base, W ← W − s·B₀A₀, from the stored factors in at least float32."""
+    parameter = site.base_layer.get_parameter("weight")
+    undo.remember_weight(parameter)
+    weight = site.weight()
+    A, B = (factor.to(weight.dtype) for factor in site.factors())
+    residual = torch.addmm(weight, B, A, alpha=-site.scaling)
+    parameter.copy_(residual.T if site.kind == "conv1d" else residual.reshape(parameter.shape))

@@ -1,0 +1,200 @@
+"""`lorainit.initialize`: find the layers, compute their start, write it, report; all or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from . import checkpoint
+from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_start
+from .cost import measure
+from .errors import LoraInitError, UnsupportedLayerError
+from .linalg import product_norm
+from .methods import Method, get_method
+from .offset import is_attached
+from .report import InitReport, LayerReport
+from .sites import LoraSite, find_sites, lora_layers
+
+# PEFT initializations that edit the base weight: started on top of them, "the base" would be a damaged one
+_BASE_EDITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def initialize(
+    model: nn.Module,
+    method: str | Method,
+    *,
+    data: Iterable[Any] | None = None,
+    adapter_name: str = "default",
+    seed: int = 0,
+    base: Literal["auto", "offset", "keep", "subtract"] = "auto",
+    on_unsupported: Literal["error", "default"] = "error",
+    progress: bool = True,
+) -> InitReport:
+    """Give the LoRA adapters of a model better starting values, in place.
+
+    Call it once, right after the adapter was added and before an optimizer is made. The base weights stay bit-identical
+    (unless ``base="subtract"``); on any failure, Ctrl-C included, the model is as it was. The global random state is
+    neither read nor moved.
+
+    Args:
+        model: a `peft.PeftModel`, or any module that holds PEFT LoRA layers (Transformers' and Diffusers'
+            ``add_adapter``).
+        method: a name (see `lorainit.available`) or a method object such as ``lorainit.PiSSA(exact=True)``.
+        data: batches as the model takes them, for methods that need them; the data-free methods leave it untouched.
+        adapter_name: which adapter to start.
+        seed: of everything random in the start. Each layer draws from its own stream, keyed by its name.
+        base: what to do about BA ≠ 0. ``"offset"`` runs y = Wx + s(BA − B₀A₀)x with B₀A₀ frozen, exactly a no-op at
+            step 0; ``"keep"`` lets the function move by s·BA; ``"subtract"`` edits the base, W ← W − s·B₀A₀. ``"auto"``
+            takes what the method's paper means: offset where the function is to be preserved, else keep.
+        on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
+            out), ...): ``"error"``, or ``"default"`` to leave it as PEFT made it, with a warning and a row in the report.
+        progress: show a progress bar.
+
+    Returns:
+        The report: one row a layer; ``print`` it, or ``to_dict()`` for JSON.
+
+    Raises:
+        LoraInitError: a wrong argument, a model without LoRA, an adapter that is merged or whose base PEFT has edited.
+        UnsupportedLayerError: a layer that the method cannot start.
+        NonFiniteError: NaN or infinity in a weight or in the start.
+
+    Example:
+        >>> import torch, peft, lorainit
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> model = peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["0"]))
+        >>> report = lorainit.initialize(model, "loram", progress=False)
+        >>> f"{report.layers[0].relative_size:.3f}"   # √(ln 4 / ln 64) · alpha / r
+        '1.155'
+    """
+    method = get_method(method)
+    _check_choice("base", base, ("auto", *get_args(Base)))
+    _check_choice("on_unsupported", on_unsupported, ("error", "default"))
+    treatment: Base = base if base != "auto" else "offset" if method.info.product == "preserve" else "keep"
+    sites, unsupported = find_sites(model, adapter_name)
+    _check_startable(model, adapter_name, sites, unsupported, method, on_unsupported)
+    if treatment == "subtract":
+        check_can_subtract(model, sites)
+
+    with measure() as cost, all_or_nothing() as undo:
+        rows: dict[str, LayerReport] = {}
+        for site in tqdm(sites, desc=f"{method.info.name} start", disable=not progress, leave=False):
+            try:
+                rows[site.name] = _start_layer(site, method, seed, treatment, undo)
+            except UnsupportedLayerError as error:
+                if on_unsupported == "error":
+                    raise
+                unsupported[site.name] = str(error)
+        for name, layer in lora_layers(model, adapter_name):
+            if name in unsupported:
+                rows[name] = _left_at_default(name, layer, adapter_name, unsupported[name])
+        order = [name for name, _ in lora_layers(model, adapter_name)]
+        report = InitReport(
+            method=method.info.name,
+            status=method.info.status,
+            options=_options(method),
+            base=base,
+            adapter_name=adapter_name,
+            seed=seed,
+            layers=tuple(rows[name] for name in order),
+            seconds=0.0,
+            peak_bytes=None,
+        )
+        checkpoint.mark_started(model, adapter_name, report)
+    for name, reason in unsupported.items():
+        warnings.warn(f"lorainit left layer '{name}' at PEFT's default start: {reason}", stacklevel=2)
+    return dataclasses.replace(report, seconds=cost.seconds, peak_bytes=cost.peak_bytes)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise LoraInitError(f"{name}={value!r} is not one of {list(choices)}")
+
+
+def _check_startable(
+    model: nn.Module,
+    adapter_name: str,
+    sites: list[LoraSite],
+    unsupported: dict[str, str],
+    method: Method,
+    on_unsupported: str,
+) -> None:
+    """Raise on anything that is known to be wrong before a single value is computed."""
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    peft_init = getattr(config, "init_lora_weights", True)
+    if isinstance(peft_init, str) and peft_init.startswith(_BASE_EDITING):
+        raise LoraInitError(
+            f"adapter '{adapter_name}' was made with init_lora_weights={peft_init!r}, which has already edited the base "
+            "weights; reload the base model and use init_lora_weights=True"
+        )
+    edited = [site.name for site in sites if is_attached(site.lora_A) and site.lora_A.base_edited]
+    if edited:
+        raise LoraInitError(
+            f"layer '{edited[0]}': the base was edited by an earlier start with base='subtract'; reload the base model"
+        )
+    if unsupported and on_unsupported == "error":
+        listed = "; ".join(f"'{name}': {reason}" for name, reason in unsupported.items())
+        raise UnsupportedLayerError(
+            f"{method.info.name} cannot start these layers: {listed}. Leave them out of target_modules, or pass "
+            "on_unsupported='default' to keep PEFT's default there"
+        )
+
+
+def _start_layer(site: LoraSite, method: Method, seed: int, base: Base, undo: Undo) -> LayerReport:
+    """Compute and write the start of one layer."""
+    begin = time.perf_counter()
+    weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
+    start = method.start(site, layer_generator(seed, site.name))
+    held = write_start(site, start, base, undo)
+    size = site.scaling * product_norm(*site.factors())
+    return LayerReport(
+        name=site.name,
+        kind=site.kind,
+        shape=(site.out_features, site.in_features),
+        rank=site.rank,
+        scaling=site.scaling,
+        base=base if held else "none" if size == 0 or method.info.product == "zero" else "keep",
+        relative_size=size / weight_norm if weight_norm > 0 else None,
+        seconds=time.perf_counter() - begin,
+        extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
+        warnings=_layer_warnings(site, size, weight_norm, base),
+    )
+
+
+def _layer_warnings(site: LoraSite, size: float, weight_norm: float, base: Base) -> tuple[str, ...]:
+    if base == "keep" and size > weight_norm > 0:
+        return (f"the kept step s·BA is {size / weight_norm:.1f} times as large as the weight itself",)
+    return ()
+
+
+def _left_at_default(name: str, layer: nn.Module, adapter_name: str, reason: str) -> LayerReport:
+    return LayerReport(
+        name=name,
+        kind="default",
+        shape=(int(layer.out_features or 0), int(layer.in_features or 0)),  # pyright: ignore[reportArgumentType, reportCallIssue]
+        rank=layer.r[adapter_name],  # pyright: ignore[reportIndexIssue]
+        scaling=float(layer.scaling[adapter_name]),  # pyright: ignore[reportIndexIssue]
+        base="none",
+        relative_size=None,
+        seconds=0.0,
+        warnings=(f"left at PEFT's default start: {reason}",),
+    )
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator for one layer: independent streams by name, the same in any order and on any device."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _options(method: Method) -> dict[str, Any]:
+    """Return a method's options as JSON types; a nested method becomes its name and options."""
+    options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    return {k: {"method": v.info.name, **_options(v)} if isinstance(v, Method) else v for k, v in options.items()}

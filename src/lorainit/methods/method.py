@@ -1,0 +1,77 @@
+"""What a method is: a frozen dataclass that is both the configuration and the algorithm."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+
+from .._typing import Float, Tensor
+from ..errors import UnsupportedLayerError
+from ..sites import LoraSite
+
+Product = Literal["zero", "preserve", "step"]
+
+
+class Factors(NamedTuple):
+    """The start of one adapter, in PEFT's orientation: the layer adds ``scaling * B @ A @ x``."""
+
+    A: Float[Tensor, "r in"]
+    B: Float[Tensor, "out r"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodInfo:
+    """What `lorainit.available` tells about a method.
+
+    Attributes:
+        name: the name that `lorainit.initialize` and recipes take.
+        aliases: other names for it.
+        needs: what has to run before it: ``()``, or some of ``"forward"``, ``"backward"``, ``"training"``.
+        paper: where it comes from.
+        status: ``"paper"``, or ``"reconstruction"`` where the publication leaves the formula open.
+        deterministic: the seed has no influence.
+        product: the start's BA is ``"zero"``; or non-zero and meant to ``"preserve"`` the function (``base="auto"``
+            gives the offset form); or a first ``"step"`` that is kept.
+        summary: what it does to the start, in one line.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    product: Product
+    aliases: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    status: Literal["paper", "reconstruction"] = "paper"
+    deterministic: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
+    """Base of every start. Subclasses are frozen dataclasses: their fields are the options, checked when made."""
+
+    info: ClassVar[MethodInfo]
+
+    @abc.abstractmethod
+    def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
+        """Return the start of one layer.
+
+        Args:
+            site: the layer; its weight as out×in, rank and scaling.
+            generator: a CPU generator of this layer's own, seeded from the run's seed and the layer's name.
+
+        Raises:
+            UnsupportedLayerError: the method cannot start this layer; the message names it.
+        """
+
+
+def require_rank_at_most_min(site: LoraSite) -> None:
+    """Raise if the site's rank exceeds min(in, out), where a weight has no further directions to give."""
+    limit = min(site.in_features, site.out_features)
+    if site.rank > limit:
+        raise UnsupportedLayerError(
+            f"layer '{site.name}': rank {site.rank} exceeds min(in, out) = {limit} of its "
+            f"{site.out_features}×{site.in_features} weight; lower r, or give this layer its own in rank_pattern"
+        )

@@ -1,0 +1,87 @@
+"""The methods by name, with what each needs and where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from ..errors import LoraInitError
+from .gaussian import Gaussian
+from .init_ab import InitAB
+from .kaiming import Kaiming
+from .loram import LoRAM
+from .method import Method, MethodInfo
+from .milora import MiLoRA
+from .olora import OLoRA
+from .orthogonal import Orthogonal
+from .pissa import PiSSA
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Add a method to the registry; usable as a class decorator.
+
+    The class is a frozen dataclass that subclasses `Method` and carries a `MethodInfo` as ``info``. From then on its
+    name works in `initialize`, in recipes and on the command line.
+
+    Raises:
+        TypeError: not such a class.
+        ValueError: its name or one of its aliases is taken by another class.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
+        raise TypeError(f"{cls!r} must be a frozen dataclass that subclasses lorainit.Method")
+    if not isinstance(getattr(cls, "info", None), MethodInfo):
+        raise TypeError(f"{cls.__name__} needs a class attribute `info` of type lorainit.MethodInfo")
+    for name in (cls.info.name, *cls.info.aliases):
+        if _METHODS.get(name, cls) is not cls:
+            raise ValueError(f"the name '{name}' already belongs to {_METHODS[name].__name__}")
+    for name in (cls.info.name, *cls.info.aliases):
+        _METHODS[name] = cls
+    return cls
+
+
+def available() -> list[MethodInfo]:
+    """List every registered method, in the order of registration.
+
+    Example:
+        >>> [info.name for info in available()][:2]
+        ['kaiming', 'gaussian']
+    """
+    return [cls.info for name, cls in _METHODS.items() if name == cls.info.name]
+
+
+def get_method(method: str | Method, **options: Any) -> Method:
+    """Return the method object for a name (with options), or the object itself.
+
+    Example:
+        >>> get_method("pissa", exact=True)
+        PiSSA(exact=True, oversample=10, iterations=4)
+
+    Raises:
+        LoraInitError: an unknown name (near matches are listed), unknown or wrong options.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise LoraInitError(f"options {sorted(options)} were given beside a ready {type(method).__name__} object")
+        return method
+    if not isinstance(method, str):
+        raise LoraInitError(f"a method is a name or a lorainit method object, got {method!r}")
+    cls = _METHODS.get(method.lower())
+    if cls is None:
+        near = difflib.get_close_matches(method.lower(), _METHODS, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(_METHODS)}"
+        raise LoraInitError(f"unknown method '{method}'; {hint}")
+    known = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise LoraInitError(f"method '{cls.info.name}' has no option {unknown}; its options: {known}")
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise LoraInitError(f"method '{cls.info.name}': {error}") from error
+
+
+for _cls in (Kaiming, Gaussian, Orthogonal, InitAB, PiSSA, MiLoRA, OLoRA, LoRAM):
+    register(_cls)

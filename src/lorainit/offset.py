@@ -1,0 +1,163 @@
+r"""The offset form: an adapter that starts at A₀, B₀ ≠ 0 and yet leaves the function and the base untouched.
+
+Instead of editing the base weight (W ← W − s·B₀A₀, as PiSSA, OLoRA or LoRAM are usually run), the layer computes
+
+    y = W x + s (B A − B₀ A₀) x,        A₀, B₀ frozen at the start's values.
+
+Gradients and optimizer path are those of the edited base. The difference is evaluated as one ordinary LoRA of rank 2r,
+
+    B A − B₀ A₀ = [B − B₀, B₀] [A; A − A₀],
+
+so it is *exactly* zero at step 0 in every dtype, and small updates are not drowned in the rounding of two large terms.
+
+`OffsetLinear` and its convolutional siblings hold this inside PEFT's own ``lora_A[adapter]`` / ``lora_B[adapter]``:
+the parameter named ``weight`` is the rank-r factor that trains, while *reading* ``.weight`` gives the stacked factor.
+PEFT's forward, dropout, merge, ``get_delta_weight``, mixed batches, DoRA and every quantized layer type only ever call
+or read these two submodules, so each of them sees the plain rank-2r LoRA that the adapter is.
+
+In a state dict the pair appears as A' = [A; A₀], B' = [B, −B₀]: the same product, a plain rank-2r LoRA for the original
+base, and exact to the last bit when it is loaded back into an offset adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LoraInitError
+
+
+class _OffsetFactor:
+    """Mixin for one factor of an adapter in offset form; `attach` makes it, `detach` removes it.
+
+    Attributes:
+        offset: the frozen factor (A₀ or B₀), a non-persistent buffer.
+        stack_axis: 0 for ``lora_A``, 1 for ``lora_B``: the axis that holds the rank.
+        base_edited: the base weight already holds −s·B₀A₀ (``base="subtract"``), so the forward uses the trained
+            factor alone; only what is saved differs.
+    """
+
+    offset: Tensor
+    stack_axis: int
+    base_edited: bool
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """The rank-r factor that the optimizer updates."""
+        return self._parameters["weight"]  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def weight(self) -> Tensor:
+        """The factor of the update that the layer applies: rank 2r, or the trained one where the base is edited."""
+        return self.trained if self.base_edited else self.update_factor()
+
+    def update_factor(self) -> Tensor:
+        """Return [A; A − A₀] or [B − B₀, B₀]: the pair's product is BA − B₀A₀, relative to the original base."""
+        trained = self.trained
+        offset = self.offset.to(trained.dtype)
+        change = trained - offset
+        return torch.cat((trained, change) if self.stack_axis == 0 else (change, offset), dim=self.stack_axis)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # pyright: ignore[reportAttributeAccessIssue]
+        trained = destination[prefix + "weight"]
+        offset = self.offset.to(trained)
+        stacked = (trained, offset) if self.stack_axis == 0 else (trained, -offset)
+        destination[prefix + "weight"] = torch.cat(stacked, dim=self.stack_axis)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "weight"
+        error_msgs: list[str] = args[-1]
+        if key in state_dict:
+            stored, rank = state_dict[key], self.trained.shape[self.stack_axis]
+            if stored.shape[self.stack_axis] != 2 * rank:
+                error_msgs.append(
+                    f"{key}: this adapter runs in lorainit's offset form (rank {rank}, saved as rank {2 * rank}), but "
+                    f"the file holds rank {stored.shape[self.stack_axis]}; load it into a model whose adapter was not "
+                    "started by lorainit, or start this one with the method that the file was trained with"
+                )
+                state_dict.pop(key)
+                return
+            trained, offset = stored.split(rank, dim=self.stack_axis)
+            offset = offset if self.stack_axis == 0 else -offset
+            if self.base_edited and not torch.equal(offset.to(self.offset), self.offset):
+                error_msgs.append(
+                    f"{key}: the base of this model was edited for another start (base='subtract') than the one in the "
+                    "file; reload the base model and start it with the same method, options and seed"
+                )
+                state_dict.pop(key)
+                return
+            with torch.no_grad():
+                self.offset.copy_(offset)
+            state_dict[key] = trained.contiguous()
+        super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class OffsetLinear(_OffsetFactor, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """`torch.nn.Linear` factor of an adapter in offset form."""
+
+
+class OffsetConv1d(_OffsetFactor, nn.Conv1d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """`torch.nn.Conv1d` factor of an adapter in offset form."""
+
+
+class OffsetConv2d(_OffsetFactor, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """`torch.nn.Conv2d` factor of an adapter in offset form."""
+
+
+class OffsetConv3d(_OffsetFactor, nn.Conv3d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """`torch.nn.Conv3d` factor of an adapter in offset form."""
+
+
+_OFFSET_CLASS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: OffsetLinear,
+    nn.Conv1d: OffsetConv1d,
+    nn.Conv2d: OffsetConv2d,
+    nn.Conv3d: OffsetConv3d,
+}
+_PLAIN_CLASS = {offset: plain for plain, offset in _OFFSET_CLASS.items()}
+
+
+def can_attach(module: nn.Module) -> bool:
+    """Say whether ``module`` is a factor that the offset form knows how to hold."""
+    return type(module) in _OFFSET_CLASS or isinstance(module, _OffsetFactor)
+
+
+def is_attached(module: nn.Module) -> bool:
+    """Say whether ``module`` is a factor in offset form."""
+    return isinstance(module, _OffsetFactor)
+
+
+def trained_factor(module: nn.Module) -> nn.Parameter:
+    """Return the parameter of a ``lora_A``/``lora_B`` module that trains, offset form or not."""
+    return module._parameters["weight"]  # pyright: ignore[reportReturnType]
+
+
+def attach(lora_A: nn.Module, lora_B: nn.Module, *, base_edited: bool = False) -> None:
+    """Turn a pair of plain factors into the offset form, frozen at their present values (A₀ := A, B₀ := B).
+
+    The modules and their parameters stay the same objects, so an optimizer that already holds them keeps working.
+    """
+    for axis, module in enumerate((lora_A, lora_B)):
+        if type(module) not in _OFFSET_CLASS:
+            raise LoraInitError(f"the offset form cannot hold a factor of type {type(module).__name__}")
+        module.register_buffer("offset", trained_factor(module).detach().clone(), persistent=False)
+        module.__class__ = _OFFSET_CLASS[type(module)]
+        module.stack_axis = axis  # pyright: ignore[reportAttributeAccessIssue]
+        module.base_edited = base_edited  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def detach(lora_A: nn.Module, lora_B: nn.Module) -> None:
+    """Turn a pair in offset form back into plain factors that hold the trained values; a plain pair is left alone."""
+    for module in (lora_A, lora_B):
+        if isinstance(module, _OffsetFactor):
+            module.__class__ = _PLAIN_CLASS[type(module)]
+            del module.offset, module.stack_axis, module.base_edited
+
+
+def update_factors(lora_A: nn.Module, lora_B: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the factors (A', B') of the adapter's update of the *original* base: rank 2r for an offset pair."""
+    a, b = (m.update_factor() if isinstance(m, _OffsetFactor) else trained_factor(m) for m in (lora_A, lora_B))
+    return a.detach(), b.detach()

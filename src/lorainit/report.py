@@ -1,0 +1,100 @@
+"""What `lorainit.initialize` tells: one row a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """The start of one layer.
+
+    Attributes:
+        name: module path in the base model.
+        kind: linear, conv1d, conv, or "default" for a layer that was left at PEFT's start.
+        shape: of the weight as (out, in).
+        rank: r of the adapter.
+        scaling: PEFT's multiplier s.
+        base: what happened to the base: ``"none"`` (BA = 0, nothing to do), ``"offset"``, ``"keep"``, ``"subtract"``.
+        relative_size: ‖s·BA‖_F / ‖W‖_F at step 0; None where W = 0 or nothing was started.
+        seconds: time spent on this layer.
+        extra_bytes: memory of the frozen A₀, B₀ that an offset or subtracted start keeps.
+        warnings: what the user should know about this layer.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    scaling: float
+    base: str
+    relative_size: float | None
+    seconds: float
+    extra_bytes: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class InitReport:
+    """The start of an adapter: ``print(report)`` for a table, ``report.to_dict()`` for JSON.
+
+    Attributes:
+        method: name of the method.
+        status: ``"paper"`` or ``"reconstruction"``.
+        options: the method's options.
+        base: the base treatment that was asked for.
+        adapter_name: the adapter.
+        seed: the seed.
+        layers: one report a layer.
+        seconds: total time.
+        peak_bytes: peak memory above the model during the start, None where it cannot be read.
+        warnings: what concerns the whole adapter.
+    """
+
+    method: str
+    status: str
+    options: dict[str, Any]
+    base: str
+    adapter_name: str
+    seed: int
+    layers: tuple[LayerReport, ...]
+    seconds: float
+    peak_bytes: int | None
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON types."""
+        report = dataclasses.asdict(self)
+        report["layers"] = [
+            layer | {"shape": list(layer["shape"]), "warnings": list(layer["warnings"])} for layer in report["layers"]
+        ]
+        return report | {"warnings": list(self.warnings)}
+
+    def __str__(self) -> str:
+        """Return a table with one row a layer."""
+        header = ("layer", "shape", "r", "s", "|sBA|/|W|", "base", "ms", "KiB")
+        rows = [header, *(_row(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        table = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+                 for row in rows]  # fmt: skip
+        table.insert(1, "-" * len(table[0]))
+        options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        label = self.method + (" [reconstruction]" if self.status == "reconstruction" else "")
+        peak = "" if self.peak_bytes is None else f", peak {self.peak_bytes / 2**20:.1f} MiB above the model"
+        title = (
+            f"{label}({options}) on adapter '{self.adapter_name}', seed {self.seed}: "
+            f"{len(self.layers)} layers in {self.seconds:.2f} s{peak}"
+        )
+        notes = [f"warning: {w}" for w in self.warnings]
+        notes += [f"warning: {layer.name}: {w}" for layer in self.layers for w in layer.warnings]
+        return "\n".join([title, *table, *notes])
+
+
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    size = "-" if layer.relative_size is None else f"{layer.relative_size:.4f}"
+    shape = "×".join(map(str, layer.shape))
+    return (
+        *(layer.name, shape, str(layer.rank), f"{layer.scaling:g}", size, layer.base),
+        *(f"{1000 * layer.seconds:.1f}", f"{layer.extra_bytes / 1024:.0f}" if layer.extra_bytes else "-"),
+    )

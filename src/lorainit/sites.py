@@ -1,0 +1,194 @@
+"""LoRA layers as the methods see them: a name, a weight as out×in, a rank, a scaling."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from . import offset
+from ._typing import Float, Tensor
+from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
+
+_PEFT_PREFIX = "base_model.model."
+_QUANTIZED_CLASSES = ("Linear4bit", "Linear8bitLt")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSite:
+    """One LoRA layer that a method can start.
+
+    Attributes:
+        name: module path in the base model (without PEFT's ``base_model.model.``), as in the saved adapter's keys.
+        layer: the PEFT layer.
+        adapter: name of the adapter on that layer.
+        kind: ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear) or ``"conv"`` (Conv1d/2d/3d).
+    """
+
+    name: str
+    layer: LoraLayer
+    adapter: str
+    kind: str
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The wrapped layer of the base model."""
+        return self.layer.get_base_layer()
+
+    @property
+    def lora_A(self) -> nn.Module:
+        """PEFT's down-projection module of this adapter."""
+        return self.layer.lora_A[self.adapter]
+
+    @property
+    def lora_B(self) -> nn.Module:
+        """PEFT's up-projection module of this adapter."""
+        return self.layer.lora_B[self.adapter]
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the adapter on this layer."""
+        return self.layer.r[self.adapter]
+
+    @property
+    def scaling(self) -> float:
+        """PEFT's multiplier s of BA: alpha/r, or alpha/√r with rsLoRA."""
+        return float(self.layer.scaling[self.adapter])
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight as out×in."""
+        return trained_shape(self.lora_B)[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight as out×in; for a convolution, channels × kernel positions."""
+        return trained_shape(self.lora_A)[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the adapter's factors."""
+        return offset.trained_factor(self.lora_A).device
+
+    def stored_weight(self) -> Float[Tensor, "out in"]:
+        """Return the base weight as out×in in the dtype it is stored in: a view, unless it has to be dequantized."""
+        base = self.base_layer
+        if type(base).__name__ in _QUANTIZED_CLASSES:
+            return dequantize_module_weight(base).detach()
+        weight = base.weight.detach()  # pyright: ignore[reportCallIssue]
+        if self.kind == "conv1d":
+            return weight.T
+        return weight.flatten(1) if self.kind == "conv" else weight
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        """Return the base weight as out×in in at least float32 (float64 stays): a view where nothing is converted."""
+        stored = self.stored_weight()
+        return stored if stored.dtype == torch.float64 else stored.float()
+
+    @cached_property
+    def weight_norm(self) -> float:
+        """Frobenius norm of the weight, accumulated in float64 (float32 on devices without it).
+
+        Raises:
+            NonFiniteError: the weight holds NaN or infinity.
+        """
+        stored = self.stored_weight()
+        wide = torch.float32 if stored.device.type == "mps" else torch.float64
+        norm = float(torch.linalg.vector_norm(stored, dtype=wide))
+        if norm != norm or norm == float("inf"):
+            raise NonFiniteError(f"layer '{self.name}': the base weight holds NaN or infinite entries")
+        return norm
+
+    def factors(self) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
+        """Return the present trainable factors (A, B) as matrices, detached views."""
+        a, b = (offset.trained_factor(m).detach() for m in (self.lora_A, self.lora_B))
+        return a.flatten(1), b.flatten(1)
+
+
+def trained_shape(module: nn.Module) -> tuple[int, int]:
+    """Return the shape of a factor's trained parameter, kernel positions counted as inputs."""
+    shape = offset.trained_factor(module).shape
+    return shape[0], shape[1:].numel()
+
+
+def site_name(module_name: str) -> str:
+    """Strip PEFT's wrapper prefix from a module path."""
+    return module_name.removeprefix(_PEFT_PREFIX)
+
+
+def lora_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, LoraLayer]]:
+    """Return (name, layer) of every PEFT LoRA layer of ``model`` that carries ``adapter_name``, in module order.
+
+    Raises:
+        LoraInitError: no LoRA layer at all, or none with that adapter (the message lists the adapters there are).
+    """
+    every = [(site_name(n), m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    if not every:
+        raise LoraInitError(
+            f"{type(model).__name__} has no PEFT LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)) "
+            "or add an adapter with model.add_adapter(LoraConfig(...)) first"
+        )
+    chosen = [(n, m) for n, m in every if adapter_name in m.lora_A or adapter_name in m.lora_embedding_A]
+    if not chosen:
+        present = sorted({a for _, m in every for a in (*m.lora_A, *m.lora_embedding_A)})
+        raise LoraInitError(f"no LoRA layer carries the adapter '{adapter_name}'; adapters on this model: {present}")
+    return chosen
+
+
+def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[LoraSite], dict[str, str]]:
+    """Find the layers of an adapter that can be started.
+
+    Returns:
+        The sites in module order, and {layer name: reason} for the layers that no method can start (embeddings, 3-D
+        expert parameters, grouped or dilated convolutions, unknown layer types).
+
+    Raises:
+        LoraInitError: no LoRA, an unknown adapter, or an adapter that is merged into the base.
+        UnsupportedLayerError: a layer whose factors or weight are on the meta device.
+    """
+    sites: list[LoraSite] = []
+    unsupported: dict[str, str] = {}
+    for name, layer in lora_layers(model, adapter_name):
+        if adapter_name in layer.merged_adapters:
+            raise LoraInitError(f"layer '{name}': adapter '{adapter_name}' is merged into the base; unmerge it first")
+        kind = _kind(layer, adapter_name)
+        if kind not in ("linear", "conv1d", "conv"):
+            unsupported[name] = kind
+            continue
+        site = LoraSite(name, layer, adapter_name, kind)
+        weight = getattr(site.base_layer, "weight", None)
+        if site.device.type == "meta" or (isinstance(weight, Tensor) and weight.device.type == "meta"):
+            raise UnsupportedLayerError(
+                f"layer '{name}' is on the meta device and holds no values; load or materialize the model first"
+            )
+        sites.append(site)
+    return sites, unsupported
+
+
+def _kind(layer: LoraLayer, adapter: str) -> str:
+    """Return the site kind, or the reason why there is none."""
+    base = layer.get_base_layer()
+    if isinstance(layer, ParamWrapper):
+        return "expert parameters (target_parameters) are not supported"
+    if adapter in layer.lora_embedding_A:
+        return "embedding layers are not supported"
+    if not (offset.can_attach(layer.lora_A[adapter]) and offset.can_attach(layer.lora_B[adapter])):
+        return f"factors of type {type(layer.lora_A[adapter]).__name__} are not supported"
+    if isinstance(base, Conv1D):
+        return "conv1d"
+    if isinstance(base, nn.Linear) or type(base).__name__ in _QUANTIZED_CLASSES:
+        # fan_in_fan_out on a plain nn.Linear stores the weight as PEFT was told: transposed
+        return "conv1d" if getattr(layer, "fan_in_fan_out", False) else "linear"
+    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if base.groups > 1:
+            return f"grouped convolutions (groups={base.groups}) are not supported"
+        if any(d != 1 for d in base.dilation):
+            return f"dilated convolutions (dilation={tuple(base.dilation)}) are not supported: PEFT's lora_A ignores it"
+        return "conv"
+    return f"layers of type {type(base).__name__} are not supported"
