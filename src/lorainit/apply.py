@@ -109,7 +109,8 @@ def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
         weight = getattr(site.base_layer, "weight", None)
         if not (isinstance(weight, Tensor) and weight.dtype.is_floating_point and type(weight) is nn.Parameter):
             raise UnsupportedLayerError(
-                f"layer '{site.name}': base='subtract' cannot edit a {type(site.base_layer).__name__}; use base='offset'"
+                f"layer '{site.name}': base='subtract' cannot edit a {type(site.base_layer).__name__}; "
+                "use base='offset'"
             )
         others = [name for name in owners.get(id(weight), []) if not name.endswith(f"{site.name}.base_layer.weight")]
         if others:

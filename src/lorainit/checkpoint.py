@@ -3,9 +3,9 @@
 Two ways lead to a folder, both loadable by PEFT alone:
 
 - `save_pretrained` writes the finished adapter: exact (rank 2r where the start runs in offset form), or truncated.
-- PEFT's own ``save_pretrained`` and with it every Trainer checkpoint. Adapters in offset form appear in their state dict
-  as the equivalent plain rank-2r LoRA (see `lorainit.offset`), and `StartedLoraConfig` writes the ranks that go with it.
-  Such a folder also resumes training: load it into a model that was started, or into a fresh one with `load`.
+- PEFT's own ``save_pretrained`` and with it every Trainer checkpoint. Adapters in offset form appear in their state
+  dict as the equivalent plain rank-2r LoRA (see `lorainit.offset`), and `StartedLoraConfig` writes the ranks that go
+  with it. Such a folder also resumes training: load it into a model that was started, or into a fresh one with `load`.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Cost:
 
 @contextlib.contextmanager
 def measure() -> Iterator[Cost]:
-    """Measure the block: ``with measure() as cost: ...``."""
+    """Measure the block under a ``with`` statement; the yielded cost is filled when the block ends."""
     cost = Cost()
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     if cuda:

@@ -55,7 +55,8 @@ def initialize(
             step 0; ``"keep"`` lets the function move by s·BA; ``"subtract"`` edits the base, W ← W − s·B₀A₀. ``"auto"``
             takes what the method's paper means: offset where the function is to be preserved, else keep.
         on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
-            out), ...): ``"error"``, or ``"default"`` to leave it as PEFT made it, with a warning and a row in the report.
+            out), ...): ``"error"``, or ``"default"`` to leave it as PEFT made it, with a warning and a row in the
+            report.
         progress: show a progress bar.
 
     Returns:
@@ -131,8 +132,8 @@ def _check_startable(
     peft_init = getattr(config, "init_lora_weights", True)
     if isinstance(peft_init, str) and peft_init.startswith(_BASE_EDITING):
         raise LoraInitError(
-            f"adapter '{adapter_name}' was made with init_lora_weights={peft_init!r}, which has already edited the base "
-            "weights; reload the base model and use init_lora_weights=True"
+            f"adapter '{adapter_name}' was made with init_lora_weights={peft_init!r}, which has already edited the "
+            "base weights; reload the base model and use init_lora_weights=True"
         )
     edited = [site.name for site in sites if is_attached(site.lora_A) and site.lora_A.base_edited]
     if edited:

@@ -21,7 +21,7 @@ base, and exact to the last bit when it is loaded back into an offset adapter.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from .errors import LoraInitError
 
 
-class _OffsetFactor:
-    """Mixin for one factor of an adapter in offset form; `attach` makes it, `detach` removes it.
+class OffsetFactor(nn.Module):
+    """One factor of an adapter in offset form, mixed into the torch layer; `attach` makes it, `detach` removes it.
 
     Attributes:
         offset: the frozen factor (A₀ or B₀), a non-persistent buffer.
@@ -46,7 +46,7 @@ class _OffsetFactor:
     @property
     def trained(self) -> nn.Parameter:
         """The rank-r factor that the optimizer updates."""
-        return self._parameters["weight"]  # pyright: ignore[reportAttributeAccessIssue]
+        return cast(nn.Parameter, self._parameters["weight"])
 
     @property
     def weight(self) -> Tensor:
@@ -61,15 +61,23 @@ class _OffsetFactor:
         return torch.cat((trained, change) if self.stack_axis == 0 else (change, offset), dim=self.stack_axis)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # pyright: ignore[reportAttributeAccessIssue]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         trained = destination[prefix + "weight"]
         offset = self.offset.to(trained)
         stacked = (trained, offset) if self.stack_axis == 0 else (trained, -offset)
         destination[prefix + "weight"] = torch.cat(stacked, dim=self.stack_axis)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         key = prefix + "weight"
-        error_msgs: list[str] = args[-1]
         if key in state_dict:
             stored, rank = state_dict[key], self.trained.shape[self.stack_axis]
             if stored.shape[self.stack_axis] != 2 * rank:
@@ -92,22 +100,24 @@ class _OffsetFactor:
             with torch.no_grad():
                 self.offset.copy_(offset)
             state_dict[key] = trained.contiguous()
-        super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportAttributeAccessIssue]
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
-class OffsetLinear(_OffsetFactor, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
+class OffsetLinear(OffsetFactor, nn.Linear):
     """`torch.nn.Linear` factor of an adapter in offset form."""
 
 
-class OffsetConv1d(_OffsetFactor, nn.Conv1d):  # pyright: ignore[reportIncompatibleVariableOverride]
+class OffsetConv1d(OffsetFactor, nn.Conv1d):
     """`torch.nn.Conv1d` factor of an adapter in offset form."""
 
 
-class OffsetConv2d(_OffsetFactor, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+class OffsetConv2d(OffsetFactor, nn.Conv2d):
     """`torch.nn.Conv2d` factor of an adapter in offset form."""
 
 
-class OffsetConv3d(_OffsetFactor, nn.Conv3d):  # pyright: ignore[reportIncompatibleVariableOverride]
+class OffsetConv3d(OffsetFactor, nn.Conv3d):
     """`torch.nn.Conv3d` factor of an adapter in offset form."""
 
 
@@ -122,17 +132,17 @@ _PLAIN_CLASS = {offset: plain for plain, offset in _OFFSET_CLASS.items()}
 
 def can_attach(module: nn.Module) -> bool:
     """Say whether ``module`` is a factor that the offset form knows how to hold."""
-    return type(module) in _OFFSET_CLASS or isinstance(module, _OffsetFactor)
+    return type(module) in _OFFSET_CLASS or isinstance(module, OffsetFactor)
 
 
-def is_attached(module: nn.Module) -> bool:
+def is_attached(module: nn.Module) -> TypeGuard[OffsetFactor]:
     """Say whether ``module`` is a factor in offset form."""
-    return isinstance(module, _OffsetFactor)
+    return isinstance(module, OffsetFactor)
 
 
 def trained_factor(module: nn.Module) -> nn.Parameter:
     """Return the parameter of a ``lora_A``/``lora_B`` module that trains, offset form or not."""
-    return module._parameters["weight"]  # pyright: ignore[reportReturnType]
+    return cast(nn.Parameter, module._parameters["weight"])
 
 
 def attach(lora_A: nn.Module, lora_B: nn.Module, *, base_edited: bool = False) -> None:
@@ -145,19 +155,19 @@ def attach(lora_A: nn.Module, lora_B: nn.Module, *, base_edited: bool = False) -
             raise LoraInitError(f"the offset form cannot hold a factor of type {type(module).__name__}")
         module.register_buffer("offset", trained_factor(module).detach().clone(), persistent=False)
         module.__class__ = _OFFSET_CLASS[type(module)]
-        module.stack_axis = axis  # pyright: ignore[reportAttributeAccessIssue]
-        module.base_edited = base_edited  # pyright: ignore[reportAttributeAccessIssue]
+        factor = cast(OffsetFactor, module)
+        factor.stack_axis, factor.base_edited = axis, base_edited
 
 
 def detach(lora_A: nn.Module, lora_B: nn.Module) -> None:
     """Turn a pair in offset form back into plain factors that hold the trained values; a plain pair is left alone."""
     for module in (lora_A, lora_B):
-        if isinstance(module, _OffsetFactor):
-            module.__class__ = _PLAIN_CLASS[type(module)]
+        if isinstance(module, OffsetFactor):
             del module.offset, module.stack_axis, module.base_edited
+            cast(nn.Module, module).__class__ = _PLAIN_CLASS[type(module)]
 
 
 def update_factors(lora_A: nn.Module, lora_B: nn.Module) -> tuple[Tensor, Tensor]:
     """Return the factors (A', B') of the adapter's update of the *original* base: rank 2r for an offset pair."""
-    a, b = (m.update_factor() if isinstance(m, _OffsetFactor) else trained_factor(m) for m in (lora_A, lora_B))
+    a, b = (m.update_factor() if isinstance(m, OffsetFactor) else trained_factor(m) for m in (lora_A, lora_B))
     return a.detach(), b.detach()

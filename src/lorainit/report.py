@@ -76,8 +76,7 @@ class InitReport:
         header = ("layer", "shape", "r", "s", "|sBA|/|W|", "base", "ms", "KiB")
         rows = [header, *(_row(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        table = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-                 for row in rows]  # fmt: skip
+        table = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         table.insert(1, "-" * len(table[0]))
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
         label = self.method + (" [reconstruction]" if self.status == "reconstruction" else "")

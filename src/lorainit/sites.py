@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property
 
 import torch
@@ -101,7 +102,7 @@ class LoraSite:
         stored = self.stored_weight()
         wide = torch.float32 if stored.device.type == "mps" else torch.float64
         norm = float(torch.linalg.vector_norm(stored, dtype=wide))
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):
             raise NonFiniteError(f"layer '{self.name}': the base weight holds NaN or infinite entries")
         return norm
 
@@ -175,20 +176,24 @@ def _kind(layer: LoraLayer, adapter: str) -> str:
     """Return the site kind, or the reason why there is none."""
     base = layer.get_base_layer()
     if isinstance(layer, ParamWrapper):
-        return "expert parameters (target_parameters) are not supported"
-    if adapter in layer.lora_embedding_A:
-        return "embedding layers are not supported"
-    if not (offset.can_attach(layer.lora_A[adapter]) and offset.can_attach(layer.lora_B[adapter])):
-        return f"factors of type {type(layer.lora_A[adapter]).__name__} are not supported"
-    if isinstance(base, Conv1D):
-        return "conv1d"
-    if isinstance(base, nn.Linear) or type(base).__name__ in _QUANTIZED_CLASSES:
-        # fan_in_fan_out on a plain nn.Linear stores the weight as PEFT was told: transposed
-        return "conv1d" if getattr(layer, "fan_in_fan_out", False) else "linear"
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        if base.groups > 1:
-            return f"grouped convolutions (groups={base.groups}) are not supported"
-        if any(d != 1 for d in base.dilation):
-            return f"dilated convolutions (dilation={tuple(base.dilation)}) are not supported: PEFT's lora_A ignores it"
-        return "conv"
-    return f"layers of type {type(base).__name__} are not supported"
+        kind = "expert parameters (target_parameters) are not supported"
+    elif adapter in layer.lora_embedding_A:
+        kind = "embedding layers are not supported"
+    elif not (offset.can_attach(layer.lora_A[adapter]) and offset.can_attach(layer.lora_B[adapter])):
+        kind = f"factors of type {type(layer.lora_A[adapter]).__name__} are not supported"
+    elif isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        kind = _convolution_kind(base)
+    elif isinstance(base, (Conv1D, nn.Linear)) or type(base).__name__ in _QUANTIZED_CLASSES:
+        # fan_in_fan_out: the weight is stored transposed, as in GPT-2's Conv1D
+        kind = "conv1d" if isinstance(base, Conv1D) or getattr(layer, "fan_in_fan_out", False) else "linear"
+    else:
+        kind = f"layers of type {type(base).__name__} are not supported"
+    return kind
+
+
+def _convolution_kind(base: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str:
+    if base.groups > 1:
+        return f"grouped convolutions (groups={base.groups}) are not supported"
+    if any(d != 1 for d in base.dilation):
+        return f"dilated convolutions (dilation={tuple(base.dilation)}) are not supported: PEFT's lora_A ignores it"
+    return "conv"

@@ -1,6 +1,6 @@
 r"""LoRAM: deterministic orthogonal bases scaled by the magnitude of the weight.
 
-Zhang et al. 2025, "The Primacy of Magnitude in Low-Rank Adaptation", arXiv:2507.06558 (NeurIPS 2025). For W (n×m, n = out):
+Zhang et al. 2025, "The Primacy of Magnitude in Low-Rank Adaptation", arXiv:2507.06558 (NeurIPS 2025). For W (n×m):
 
     A⁰ = β Φ_mᵀ,   B⁰ = β Φ_n,   β⁴ = Q · mag(W) / mag(Φ_n Φ_mᵀ),   Q = ln r / ln min(n, m)
 
@@ -29,9 +29,10 @@ Basis = Literal["dst", "orthogonal", "gaussian"]
 
 
 def dst_basis(size: int, rank: int, *, device: torch.device | None = None) -> Float[Tensor, "size rank"]:
-    """Return the first ``rank`` columns of the orthonormal type-I DST, ``√(2/(d+1)) sin((i+1)(k+1)π/(d+1))``, in float64.
+    """Return the first ``rank`` columns of the orthonormal type-I DST, in float64.
 
-    The phase is reduced in integers, modulo its period 2(d+1): a float32 phase would lose digits in large layers.
+    Entry (i, k) is ``√(2/(d+1)) sin((i+1)(k+1)π/(d+1))``, 0-based. The phase is reduced in integers, modulo its period
+    2(d+1): a float32 phase would lose digits in large layers.
     """
     period = 2 * (size + 1)
     row = torch.arange(1, size + 1, device=device)[:, None]
@@ -81,7 +82,7 @@ def product_power(start: Factors, statistic: Statistic) -> float:
 
 
 def spectral_gain(out_features: int, in_features: int, rank: int, gain: Literal["log", "log_half"] = "log") -> float:
-    """Return the gain Q: ``ln r / ln min(n, m)`` (Algorithm 1), or ``ln(r/2) / ln min(n, m)`` (the paper's ablation)."""
+    """Return the gain Q = ln r / ln min(n, m) (Algorithm 1), or ln(r/2) / ln min(n, m) (the paper's ablation)."""
     numerator = rank / 2 if gain == "log_half" else rank
     return math.log(numerator) / math.log(min(out_features, in_features))
 
@@ -209,8 +210,8 @@ class LoRAM(Method):
         dead = 2 if self.gain == "log_half" else 1
         if site.rank <= dead and self.rank_one == "error":
             raise UnsupportedLayerError(
-                f"layer '{site.name}': LoRAM's gain is zero at rank {site.rank} (gain='{self.gain}') and the start would "
-                "be dead; raise r, or use rank_one='as_two'"
+                f"layer '{site.name}': LoRAM's gain is zero at rank {site.rank} (gain='{self.gain}') and the start "
+                "would be dead; raise r, or use rank_one='as_two'"
             )
         rank = site.rank if site.rank > dead else dead * 2
         return spectral_gain(site.out_features, site.in_features, rank, self.gain)
