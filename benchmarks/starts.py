@@ -1,0 +1,119 @@
+"""Six starts at three learning rates each, on real models and real data, through ``lorainit train``.
+
+    python benchmarks/starts.py --shared FOLDER        # about an hour on 2 cores; resumable
+    python benchmarks/starts.py --table                # only the table, from the results there are
+
+``FOLDER`` holds ``data/glue/TASK/{train,validation}.parquet``, ``data/pretrain/tinystories_lowercase`` and
+``models/llama-tinystories-260k``. One JSON a run goes to ``benchmarks/results/starts/MODEL/TASK/``, the table to
+``benchmarks/results/starts.md``. One seed: this shows which learning rate each start wants, not which start is best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from lorainit import cli
+
+RESULTS = Path("benchmarks/results")
+RATES = {
+    "kaiming": ("3e-4", "1e-3", "3e-3"),
+    "orthogonal": ("3e-4", "1e-3", "3e-3"),
+    "loram": ("1e-4", "3e-4", "1e-3"),
+    "pissa": ("1e-4", "3e-4", "1e-3"),
+    "milora": ("1e-4", "3e-4", "1e-3"),
+    "olora": ("3e-5", "1e-4", "3e-4"),
+}
+RUNS = [
+    ("tiny-llama", "tinystories"),
+    ("minilm", "sst2"),
+    ("minilm", "cola"),
+    ("minilm", "mrpc"),
+    ("minilm", "rte"),
+]
+
+
+def arguments(shared: str, model: str, task: str, method: str, rate: str, output: str) -> list[str]:
+    """Return the command line of one run."""
+    chosen = ["--task", task, "--method", method, "--train.learning_rate", rate, "--output", output]
+    quiet = ["--train.disable_tqdm", "true"]
+    if model == "tiny-llama":
+        data = ["--data.path", f"{shared}/data/pretrain/tinystories_lowercase"]
+        weights = ["--model", f"{shared}/models/llama-tinystories-260k"]
+        return ["train", "--config", "recipes/tiny_llama_stories.yaml", *weights, *data, *chosen, *quiet]
+    data = ["--data.path", f"{shared}/data/glue/{task}"]
+    return ["train", "--config", "recipes/minilm_glue.yaml", *data, *chosen, *quiet]
+
+
+def run_missing(shared: str) -> None:
+    """Carry out every run that has no result yet."""
+    for model, task in RUNS:
+        for method, rates in RATES.items():
+            for rate in rates:
+                target = RESULTS / "starts" / model / task / f"{method}_{rate}.json"
+                if target.exists():
+                    continue
+                print(f"--- {model} {task} {method} {rate}", flush=True)
+                with tempfile.TemporaryDirectory() as scratch:
+                    command = arguments(shared, model, task, method, rate, scratch)
+                    sys.argv = ["lorainit", *(a if a != scratch else "runs/starts" for a in command)]
+                    status = cli.main(command)
+                    if status != 0:
+                        raise SystemExit(status)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.move(Path(scratch) / "result.json", target)
+
+
+def metric(result: dict) -> float:
+    """Return the number that the task is judged by: accuracy, or Matthews for CoLA, or the loss."""
+    metrics = result["metrics"]
+    return metrics.get("matthews", metrics.get("accuracy", metrics["loss"]))
+
+
+def table() -> str:
+    """Return the results as Markdown: metric and evaluation loss at every rate."""
+    lines = [
+        "# Six starts, three learning rates",
+        "",
+        "Made by `python benchmarks/starts.py --shared FOLDER` from the JSON files in `starts/`; one seed, short runs",
+        "(100 steps of 16 rows; tiny LLaMA 150). Metric / evaluation loss after training; a row's best loss is bold.",
+        "Metric: accuracy (SST-2, MRPC, RTE), Matthews correlation (CoLA), none beside the loss for the LLaMA.",
+        "",
+    ]
+    for model, task in RUNS:
+        files = {p.stem: json.loads(p.read_text()) for p in (RESULTS / "starts" / model / task).glob("*.json")}
+        if not files:
+            continue
+        rates = sorted({r for rs in RATES.values() for r in rs}, key=float)
+        lines += [f"## {model}, {task}", "", "| start | " + " | ".join(rates) + " |", "|---" * (len(rates) + 1) + "|"]
+        for method in RATES:
+            row = {r: files.get(f"{method}_{r}") for r in rates}
+            best = min((d["metrics"]["loss"] for d in row.values() if d), default=None)
+            cells = []
+            for result in row.values():
+                if result is None:
+                    cells.append("")
+                    continue
+                loss = result["metrics"]["loss"]
+                text = f"{loss:.3f}" if model == "tiny-llama" else f"{metric(result):.3f} / {loss:.3f}"
+                cells.append(f"**{text}**" if loss == best else text)
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", help="folder with data/ and models/")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    options = parser.parse_args()
+    if not options.table:
+        if options.shared is None:
+            parser.error("--shared is needed to run")
+        run_missing(options.shared)
+    (RESULTS / "starts.md").write_text(table())
+    print(table())

@@ -1,0 +1,196 @@
+"""The command line: ``lorainit methods | init | train | evaluate | export``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from . import methods
+from .errors import LoraInitError
+from .version import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status; a wrong input is one line on standard error and status 1."""
+    try:
+        import jsonargparse
+        import rich  # noqa: F401 - the commands print with it
+    except ModuleNotFoundError as error:
+        print(f"lorainit: {error}; the command line needs `pip install lorainit[train]`", file=sys.stderr)
+        return 1
+    parser = jsonargparse.ArgumentParser(prog="lorainit", version=__version__, description=__doc__)
+    commands = parser.add_subcommands(title="commands")
+    for name, (function, add) in _COMMANDS.items():
+        sub = jsonargparse.ArgumentParser(description=(function.__doc__ or "").splitlines()[0])
+        add(sub)
+        commands.add_subcommand(name, sub, help=(function.__doc__ or "").splitlines()[0])
+    parsed = parser.parse_args(arguments)
+    options = parser.instantiate_classes(parsed)
+    try:
+        _COMMANDS[options.subcommand][0](**_fields(options[options.subcommand]))
+    except (LoraInitError, FileNotFoundError) as error:
+        print(f"lorainit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lorainit: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def list_methods(json_output: bool = False) -> None:
+    """List every method: what it needs, where it comes from, what it does to the start.
+
+    Args:
+        json_output: print JSON instead of a table.
+    """
+    found = methods.available()
+    if json_output:
+        print(json.dumps([dataclasses.asdict(info) for info in found], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "needs", "BA", "start", "source", box=None, pad_edge=False)
+    for info in found:
+        name = info.name + (" [dim](reconstruction)[/dim]" if info.status == "reconstruction" else "")
+        table.add_row(name, ", ".join(info.needs) or "nothing", info.product, info.summary, info.paper)
+    Console().print(table)
+
+
+def init(
+    model: str,
+    output: str,
+    method: str = "kaiming",
+    method_options: dict[str, Any] | None = None,
+    base: str = "auto",
+    lora: dict[str, Any] | None = None,
+    task: str = "text",
+    dtype: str = "float32",
+    seed: int = 0,
+) -> None:
+    """Start a fresh adapter and save it, ready for training.
+
+    The folder holds a plain adapter that PEFT loads; ``lorainit.load(model, folder)`` or ``lorainit train --start
+    folder`` train it from there.
+
+    Args:
+        model: hub name, local folder, or package:NAME/FOLDER.
+        output: folder to write.
+        method: how the adapter starts.
+        method_options: the method's options.
+        base: auto, offset, keep or subtract.
+        lora: fields of peft.LoraConfig.
+        task: decides the model class and head.
+        dtype: of the base weights.
+        seed: of the head and the start.
+    """
+    from transformers import set_seed
+
+    from .initialize import initialize
+    from .tasks import get_task
+    from .training import add_lora, load_base
+
+    chosen = methods.get_method(method, **(method_options or {}))
+    if base == "subtract":
+        raise LoraInitError("base='subtract' edits the base weights, which an adapter folder cannot hold")
+    set_seed(seed)
+    network, _ = load_base(model, get_task(task), dtype)
+    wrapped = add_lora(network, get_task(task), lora or {})
+    print(initialize(wrapped, chosen, seed=seed, base=base))  # pyright: ignore[reportArgumentType]
+    wrapped.save_pretrained(output)
+    print(f"saved to {output}")
+
+
+def train(**recipe: Any) -> None:
+    """Train an adapter as a recipe says, evaluate it, save it plainly, write result.json."""
+    from .training import Recipe
+    from .training import train as run
+
+    result = run(Recipe(**recipe))
+    print(json.dumps(result["metrics"], indent=2))
+    print(f"saved to {recipe['output']}: result.json, adapter/")
+
+
+def evaluate(**options: Any) -> None:
+    """Score a base model, with or without an adapter, on a task."""
+    from .training import evaluate as run
+
+    print(json.dumps(run(**options), indent=2))
+
+
+def export(source: str, output: str, rank: int | None = None, merge: bool = False, model: str | None = None) -> None:
+    """Turn a checkpoint into a plain adapter (exact or truncated), or merge it into its base.
+
+    Args:
+        source: adapter folder, for example a Trainer checkpoint.
+        output: folder to write.
+        rank: truncate every layer's update to this rank.
+        merge: write the merged model instead of an adapter.
+        model: base for merging; default: the one the adapter names.
+    """
+    if merge and rank is not None:
+        raise LoraInitError("rank and merge exclude each other: a merged model has no rank")
+    if merge:
+        from .training import merge_folder
+
+        merge_folder(source, output, model)
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        from . import checkpoint
+
+        errors = checkpoint.export(source, output, rank=rank)
+        if rank is not None:
+            table = Table("layer", "relative error", title=f"truncated to rank {rank}")
+            for name, error in errors.items():
+                table.add_row(name, f"{error:.2e}")
+            Console().print(table)
+    print(f"saved to {output}")
+
+
+def _fields(options: Any) -> dict[str, Any]:
+    """Return a command's options without those that belong to the parser."""
+    return {k: v for k, v in vars(options).items() if k not in ("config", "__default_config__")}
+
+
+def _add_methods(parser: Any) -> None:
+    parser.add_argument("--json", dest="json_output", action="store_true", help="print JSON instead of a table")
+
+
+def _add_init(parser: Any) -> None:
+    parser.add_argument("--config", action="config", help="YAML file with these options")
+    parser.add_function_arguments(init, as_group=False)
+
+
+def _add_train(parser: Any) -> None:
+    from .training import Recipe
+
+    parser.add_argument("--config", action="config", help="recipe: a YAML file; later options override it")
+    parser.add_class_arguments(Recipe, as_group=False)
+
+
+def _add_evaluate(parser: Any) -> None:
+    from .training import evaluate as run
+
+    parser.add_argument("--config", action="config", help="YAML file with these options")
+    parser.add_function_arguments(run, as_group=False)
+
+
+def _add_export(parser: Any) -> None:
+    parser.add_argument("source", type=str, help="adapter folder, for example a Trainer checkpoint")
+    parser.add_function_arguments(export, as_group=False, skip={"source"})
+
+
+_COMMANDS: dict[str, tuple[Any, Any]] = {
+    "methods": (list_methods, _add_methods),
+    "init": (init, _add_init),
+    "train": (train, _add_train),
+    "evaluate": (evaluate, _add_evaluate),
+    "export": (export, _add_export),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""What a task is: where its data lie, how a row becomes model input, how predictions are scored."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import LoraInitError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Which rows of a task are used.
+
+    Attributes:
+        path: folder with ``train.parquet`` and ``validation.parquet`` in the hub data set's columns; default: the hub.
+        train_samples: use this many training rows, drawn with the run's seed; default: all.
+        eval_samples: use the first so many validation rows; default: all.
+        max_length: tokens a row (or a block of text) holds at most.
+    """
+
+    path: str | None = None
+    train_samples: int | None = None
+    eval_samples: int | None = None
+    max_length: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(abc.ABC):
+    """A data set with its model class and its metric.
+
+    Attributes:
+        name: as recipes spell it.
+        hub: (repository, configuration) on the Hugging Face hub.
+        columns: the columns that a row needs.
+        train_split: name of the split to train on.
+        eval_split: name of the split that is scored.
+    """
+
+    name: str
+    hub: tuple[str, str | None]
+    columns: tuple[str, ...]
+    train_split: str = "train"
+    eval_split: str = "validation"
+
+    task_type: ClassVar[str]
+
+    @abc.abstractmethod
+    def load_model(self, name_or_path: str, **options: Any) -> PreTrainedModel:
+        """Load the base model with the head that this task needs."""
+
+    @abc.abstractmethod
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+        """Turn rows into model inputs."""
+
+    @abc.abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Return the function that makes a batch of encoded rows."""
+
+    def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Score raw model outputs against labels; empty where the loss is the metric."""
+        return {}
+
+    def load_data(self, options: DataOptions, seed: int) -> tuple[Dataset, Dataset]:
+        """Return the raw training and evaluation rows, from the hub or from local parquet by the same code.
+
+        Raises:
+            LoraInitError: missing files, splits or columns, or an empty split.
+        """
+        splits = self._read(options.path)
+        chosen = []
+        for split in (self.train_split, self.eval_split):
+            if split not in splits:
+                raise LoraInitError(f"task '{self.name}': the data have no split '{split}', only {list(splits)}")
+            missing = [c for c in self.columns if c not in splits[split].column_names]
+            if missing:
+                raise LoraInitError(
+                    f"task '{self.name}': split '{split}' lacks the columns {missing}; "
+                    f"it has {splits[split].column_names}"
+                )
+            if len(splits[split]) == 0:
+                raise LoraInitError(f"task '{self.name}': split '{split}' is empty")
+            chosen.append(splits[split])
+        train, evaluation = chosen
+        if options.train_samples is not None:
+            train = train.shuffle(seed=seed).select(range(min(options.train_samples, len(train))))
+        if options.eval_samples is not None:
+            evaluation = evaluation.select(range(min(options.eval_samples, len(evaluation))))
+        return train, evaluation
+
+    def _read(self, path: str | None) -> DatasetDict:
+        from datasets import load_dataset
+
+        if path is None:
+            return load_dataset(*self.hub)  # pyright: ignore[reportReturnType]
+        folder = Path(path)
+        files = {s: str(folder / f"{s}.parquet") for s in (self.train_split, self.eval_split)}
+        for file in files.values():
+            if not Path(file).is_file():
+                raise LoraInitError(f"task '{self.name}': there is no file {file}")
+        return load_dataset("parquet", data_files=files)  # pyright: ignore[reportReturnType]
+
+
+def fingerprint(rows: Dataset) -> str:
+    """Return the SHA-256 of the rows' content: the same for a hub data set and its local copy."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode())
+    return digest.hexdigest()

@@ -1,0 +1,296 @@
+"""One run: load, add LoRA, start, train with Transformers' Trainer, evaluate, save plainly, write one JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+from . import checkpoint, provenance
+from .cost import measure
+from .errors import LoraInitError, NonFiniteError
+from .initialize import initialize
+from .methods import get_method
+from .tasks import DataOptions, Task, fingerprint, get_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LORA_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+TRAIN_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.0,
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "logging_nan_inf_filter": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+# transformers 5 reads a fraction in warmup_steps; before, it was warmup_ratio
+TRAIN_DEFAULTS["warmup_ratio" if hasattr(TrainingArguments, "warmup_ratio") else "warmup_steps"] = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run.
+
+    Attributes:
+        model: hub name, local folder, or ``package:NAME/FOLDER`` for weights that a Python package carries.
+        task: name of the task (see `lorainit.tasks`).
+        method: how the adapter starts.
+        method_options: the method's options, e.g. ``{exact: true}``.
+        base: what to do about BA ≠ 0, as in `lorainit.initialize`.
+        start: folder made by ``lorainit init`` to take the start from, instead of computing it.
+        lora: fields of `peft.LoraConfig` (default r 8, lora_alpha 16, all linear layers).
+        data: which rows are used.
+        train: fields of `transformers.TrainingArguments`.
+        dtype: of the base weights.
+        seed: of the head, the data order, dropout and the start.
+        output: folder for ``result.json``, the adapter and the Trainer's checkpoints.
+        resume: continue from the last Trainer checkpoint in ``output``.
+    """
+
+    model: str
+    task: str
+    method: str = "kaiming"
+    method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base: str = "auto"
+    start: str | None = None
+    lora: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
+    seed: int = 0
+    output: str = "runs/latest"
+    resume: bool = False
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Carry out a recipe and return its result, which is also written to ``<output>/result.json``.
+
+    Raises:
+        LoraInitError: anything wrong in the recipe, before a step is taken where it can be known.
+        NonFiniteError: the loss became NaN or infinite; the message says at which step.
+    """
+    task = get_task(recipe.task)
+    method = get_method(recipe.method, **recipe.method_options)
+    output = Path(recipe.output)
+    arguments = _training_arguments(recipe, output)
+    set_seed(recipe.seed)
+    rows = task.load_data(recipe.data, recipe.seed)
+    model, tokenizer = load_base(recipe.model, task, recipe.dtype)
+    train_set, eval_set = (task.encode(part, tokenizer, recipe.data.max_length) for part in rows)
+
+    model = add_lora(model, task, recipe.lora)
+    with measure() as start_cost:
+        if recipe.start is not None:
+            checkpoint.load(model, recipe.start)
+            init = {"loaded_from": recipe.start}
+        else:
+            report = initialize(model, method, seed=recipe.seed, base=recipe.base)  # pyright: ignore[reportArgumentType]
+            init = report.to_dict()
+
+    trainer = FiniteTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=task.collator(tokenizer),
+        compute_metrics=_metrics(task),
+    )
+    with measure() as training_cost:
+        trainer.train(resume_from_checkpoint=recipe.resume or None)
+    metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+    checkpoint.save_pretrained(model, output / "adapter")
+
+    result = {
+        "method": method.info.name,
+        "model": recipe.model,
+        "task": task.name,
+        "learning_rate": arguments.learning_rate,
+        "rank": model.peft_config["default"].r,
+        "seed": recipe.seed,
+        "metrics": metrics,
+        "init": init,
+        "curves": _curves(trainer.state.log_history),
+        "cost": {"start": dataclasses.asdict(start_cost), "training": dataclasses.asdict(training_cost)},
+        "recipe": dataclasses.asdict(recipe),
+        "provenance": provenance.collect(
+            model=provenance.hash_weights(resolve_model(recipe.model)),
+            train_data=fingerprint(rows[0]),
+            eval_data=fingerprint(rows[1]),
+        ),
+    }
+    _write_result(output / "result.json", result)
+    return result
+
+
+def evaluate(
+    model: str, task: str, adapter: str | None = None, data: DataOptions | None = None, batch_size: int = 64
+) -> dict[str, float]:
+    """Score a base model, or a base model with a saved adapter, on a task's evaluation split.
+
+    Args:
+        model: hub name, local folder or ``package:NAME/FOLDER`` of the base.
+        task: name of the task.
+        adapter: adapter folder; it is loaded by PEFT alone.
+        data: which rows are used.
+        batch_size: rows a batch.
+
+    Returns:
+        The task's metrics and the loss.
+    """
+    chosen, data = get_task(task), data or DataOptions()
+    set_seed(0)
+    _, rows = chosen.load_data(data, seed=0)
+    network, tokenizer = load_base(model, chosen, "float32")
+    if adapter is not None:
+        checkpoint.read_adapter(adapter)  # one clear line for a folder that is no adapter
+        network = PeftModel.from_pretrained(network, adapter)
+    arguments = TrainingArguments(
+        output_dir="runs/evaluate", per_device_eval_batch_size=batch_size, report_to="none", save_strategy="no"
+    )
+    trainer = FiniteTrainer(
+        model=network,
+        args=arguments,
+        eval_dataset=chosen.encode(rows, tokenizer, data.max_length),
+        data_collator=chosen.collator(tokenizer),
+        compute_metrics=_metrics(chosen),
+    )
+    return {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+
+
+def resolve_model(name: str) -> str:
+    """Return a name or folder that `from_pretrained` takes; ``package:NAME/FOLDER`` becomes the package's folder.
+
+    Raises:
+        LoraInitError: the package is not installed, or has no such folder.
+    """
+    if not name.startswith("package:"):
+        return name
+    package, _, folder = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise LoraInitError(f"model '{name}': the Python package '{package}' is not installed")
+    path = Path(spec.submodule_search_locations[0]) / folder
+    if not path.is_dir():
+        raise LoraInitError(f"model '{name}': the package has no folder '{folder}'")
+    return str(path)
+
+
+def load_base(name: str, task: Task, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model with the task's head, and its tokenizer.
+
+    Raises:
+        LoraInitError: an unknown dtype, or nothing loadable at that name.
+    """
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise LoraInitError(f"dtype '{dtype}' is not one of float32, bfloat16, float16")
+    path = resolve_model(name)
+    try:
+        return task.load_model(path, dtype=getattr(torch, dtype)), AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise LoraInitError(f"model '{name}' cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def add_lora(model: PreTrainedModel, task: Task, options: dict[str, Any]) -> PeftModel:
+    """Wrap a model with a fresh LoRA adapter.
+
+    Raises:
+        LoraInitError: an unknown or wrong field of `peft.LoraConfig`, or target modules that match nothing.
+    """
+    try:
+        config = LoraConfig(task_type=task.task_type, **(LORA_DEFAULTS | options))
+        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    except (TypeError, ValueError) as error:
+        raise LoraInitError(f"lora: {error}") from error
+
+
+class FiniteTrainer(Trainer):
+    """A `Trainer` that stops at the first loss that is NaN or infinite, instead of training on."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss; name the step, and the input that is not finite, if it is not a number."""
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = found[0] if isinstance(found, tuple) else found
+        if not torch.isfinite(loss).all():
+            broken = [
+                k for k, v in inputs.items() if torch.is_tensor(v) and v.is_floating_point() and not v.isfinite().all()
+            ]
+            cause = f"the batch's {broken} hold NaN or infinity" if broken else "the inputs are finite: lower the rate?"
+            raise NonFiniteError(f"step {self.state.global_step}: the loss is {loss.item()}; {cause}")
+        return found
+
+
+def _write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON, one line a top-level key: long lists stay readable in a diff."""
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}" for key, value in result.items())
+    path.write_text(f"{{\n{lines}\n}}\n")
+
+
+def _training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
+    fields = TRAIN_DEFAULTS | recipe.train
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise LoraInitError(f"train: {unknown} are no fields of transformers.TrainingArguments")
+    try:
+        return TrainingArguments(output_dir=str(output), seed=recipe.seed, **fields)
+    except (TypeError, ValueError) as error:
+        raise LoraInitError(f"train: {error}") from error
+
+
+def _metrics(task: Task) -> Any:
+    """Return Trainer's metric function, or None where the loss is the metric (then no logits are kept)."""
+    if type(task).metrics is Task.metrics:
+        return None
+    return lambda prediction: task.metrics(prediction.predictions, prediction.label_ids)
+
+
+def _curves(history: list[dict[str, float]]) -> dict[str, list[list[float]]]:
+    """Return {quantity: [[step, value], ...]} from the Trainer's log."""
+    curves: dict[str, list[list[float]]] = {}
+    for entry in history:
+        for key, value in entry.items():
+            if key in ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy"):
+                curves.setdefault(key, []).append([entry["step"], value])
+    return curves
+
+
+def merge_folder(source: str, output: str, model: str | None = None) -> None:
+    """Merge a saved adapter into its base and save the plain model with its tokenizer.
+
+    Args:
+        source: adapter folder.
+        output: folder to write.
+        model: the base; default: the one that the adapter names.
+
+    Raises:
+        LoraInitError: no base is known, its head does not fit, or the task type has no model class here.
+    """
+    config, tensors = checkpoint.read_adapter(source)
+    base_name = model or config.base_model_name_or_path
+    if not base_name:
+        raise LoraInitError(f"{source} does not name its base model; pass --model")
+    kinds = {"SEQ_CLS": "sst2", "CAUSAL_LM": "text", None: "text"}
+    if config.task_type not in kinds:
+        raise LoraInitError(f"{source}: merging adapters of task type {config.task_type} is not supported")
+    task = get_task(kinds[config.task_type])
+    heads = [t for k, t in tensors.items() if k.endswith(("classifier.weight", "score.weight"))]
+    if heads:
+        task = dataclasses.replace(task, num_labels=heads[0].shape[0])
+    network, tokenizer = load_base(base_name, task, "float32")
+    merged = checkpoint.merge(PeftModel.from_pretrained(network, source))
+    merged.save_pretrained(output)
+    tokenizer.save_pretrained(output)
