@@ -27,11 +27,18 @@ def canonical_signs(svd: SVD) -> SVD:
     return SVD(svd.U * sign, svd.S, svd.Vh * sign[:, None])
 
 
+def require_rank(matrix: Float[Tensor, "m n"], rank: int) -> None:
+    """Raise ValueError unless 1 ≤ rank ≤ min(m, n): a slice would silently give fewer or other columns."""
+    if not 1 <= rank <= min(matrix.shape):
+        raise ValueError(f"rank {rank} is not between 1 and min{tuple(matrix.shape)} = {min(matrix.shape)}")
+
+
 def exact_svd(matrix: Float[Tensor, "m n"], rank: int, *, smallest: bool = False) -> SVD:
     """Return the ``rank`` leading (or, with ``smallest``, trailing) singular triplets from a full SVD.
 
     Trailing triplets keep the descending order of ``S``.
     """
+    require_rank(matrix, rank)
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     part = slice(S.numel() - rank, S.numel()) if smallest else slice(0, rank)
     return canonical_signs(SVD(U[:, part].contiguous(), S[part], Vh[part].contiguous()))
@@ -57,8 +64,9 @@ def randomized_svd(
         generator: source of the Gaussian test matrix. It is drawn on the generator's device and moved, so that a
             CPU generator gives the same start on every device.
         oversample: extra columns that sharpen the captured subspace.
-        iterations: power iterations; each one squares the decay of the spectrum twice.
+        iterations: power iterations; the range finder sees the singular values to the power 2·iterations + 1.
     """
+    require_rank(matrix, rank)
     m, n = matrix.shape
     width = min(rank + oversample, m, n)
     test = torch.randn(n, width, generator=generator, device=generator.device).to(matrix)

@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
 from .._typing import Float, Tensor
 from ..errors import UnsupportedLayerError
-from ..linalg import product_mean, product_norm
+from ..linalg import product_mean, product_norm, require_rank
 from ..sites import LoraSite
 from .method import Factors, Method, MethodInfo, require_rank_at_most_min
 
 Statistic = Literal["mean_square", "variance"]
 Gain = Literal["log", "log_half", "svd"]
 Basis = Literal["dst", "orthogonal", "gaussian"]
+RankOne = Literal["error", "as_two"]
 
 
 def dst_basis(size: int, rank: int, *, device: torch.device | None = None) -> Float[Tensor, "size rank"]:
@@ -60,7 +61,7 @@ def basis_power(out_features: int, in_features: int, rank: int, statistic: Stati
     if statistic == "mean_square":
         return rank / entries
     total = float(dst_column_sums(out_features, rank) @ dst_column_sums(in_features, rank))
-    return (rank - total**2 / entries) / (entries - 1)
+    return _variance(rank, total, entries)
 
 
 def weight_power(weight: Float[Tensor, "out in"], statistic: Statistic) -> float:
@@ -69,7 +70,7 @@ def weight_power(weight: Float[Tensor, "out in"], statistic: Statistic) -> float
     if statistic == "mean_square":
         return squares / weight.numel()
     total = float(weight.sum(dtype=torch.float64))
-    return (squares - total**2 / weight.numel()) / (weight.numel() - 1)
+    return _variance(squares, total, weight.numel())
 
 
 def product_power(start: Factors, statistic: Statistic) -> float:
@@ -78,32 +79,53 @@ def product_power(start: Factors, statistic: Statistic) -> float:
     squares = product_norm(*start) ** 2
     if statistic == "mean_square":
         return squares / entries
-    return (squares - entries * product_mean(*start) ** 2) / (entries - 1)
+    return _variance(squares, entries * product_mean(*start), entries)
+
+
+def _variance(squares: float, total: float, entries: int) -> float:
+    """Return the unbiased variance from Σx² and Σx; exactly 0 where only rounding is left (all entries equal)."""
+    deviation = squares - total**2 / entries
+    return deviation / (entries - 1) if deviation > 1e-12 * squares else 0.0
 
 
 def spectral_gain(out_features: int, in_features: int, rank: int, gain: Literal["log", "log_half"] = "log") -> float:
-    """Return the gain Q = ln r / ln min(n, m) (Algorithm 1), or ln(r/2) / ln min(n, m) (the paper's ablation)."""
+    """Return the gain Q = ln r / ln min(n, m) (Algorithm 1), or ln(r/2) / ln min(n, m) (the paper's ablation).
+
+    min(n, m) = 1 counts as 2, so that the gain is defined (and 1 for a rank counted as two).
+    """
     numerator = rank / 2 if gain == "log_half" else rank
-    return math.log(numerator) / math.log(min(out_features, in_features))
+    return math.log(numerator) / math.log(max(min(out_features, in_features), 2))
 
 
 def svd_gain(weight: Float[Tensor, "out in"], rank: int) -> float:
     """Return the gain that PiSSA has, ``(Σ_{i≤r} σ_i)² / (r Σ_i σ_i²)`` ∈ [0, 1], by a full SVD of W."""
-    values = torch.linalg.svdvals(weight)
+    values = torch.linalg.svdvals(weight if weight.dtype == torch.float64 else weight.float())
     return float(values[:rank].sum() ** 2 / (rank * values.square().sum()))
 
 
-def scaled_bases(
+def _beta(power: float, bases: float, source: str) -> float:
+    if not (power > 0 and bases > 0):
+        raise ValueError(
+            f"LoRAM would start dead (A = B = 0) or unbounded: the magnitude of {source} is {power:.3g}, "
+            f"that of the bases' product {bases:.3g}"
+        )
+    return (power / bases) ** 0.25
+
+
+def _scaled(bases: Factors, beta: float) -> Factors:
+    return Factors(*((beta * basis).float().contiguous() for basis in bases))
+
+
+def basis_pair(
     out_features: int,
     in_features: int,
     rank: int,
-    beta: float,
     *,
     basis: Basis = "dst",
     generator: torch.Generator | None = None,
     device: torch.device | None = None,
 ) -> Factors:
-    """Return ``A = β Φ_mᵀ``, ``B = β Φ_n`` in float32.
+    """Return the start for β = 1, ``A = Φ_mᵀ`` and ``B = Φ_n``, in float64.
 
     ``basis`` chooses the columns of Φ_d: the lowest frequencies of the DST, a random orthonormal frame, or independent
     normal entries of variance 1/d (the paper's ablations; the random ones need ``generator``).
@@ -117,7 +139,7 @@ def scaled_bases(
         normal = torch.randn(size, rank, generator=generator, device=generator.device, dtype=torch.float64)
         return torch.linalg.qr(normal).Q if basis == "orthogonal" else normal / math.sqrt(size)
 
-    return Factors((beta * columns(in_features).mT).float().contiguous(), (beta * columns(out_features)).float())
+    return Factors(columns(in_features).mT, columns(out_features))
 
 
 def factors(
@@ -132,19 +154,22 @@ def factors(
         gain: Q, see `spectral_gain` and `svd_gain`.
 
     Raises:
-        ValueError: the rank is out of range, or the start would be dead (W = 0, or Q ≤ 0 as for r = 1).
+        ValueError: an unknown statistic or gain, the rank is out of range, or the start would be dead (W = 0, or Q ≤ 0
+            as for r = 1).
     """
+    _require_choice("statistic", statistic, Statistic)
+    _require_choice("gain", gain, Gain)
+    require_rank(weight, rank)
     n, m = weight.shape
-    if not 1 <= rank <= min(n, m):
-        raise ValueError(f"rank {rank} is not between 1 and min(out, in) = {min(n, m)}")
     Q = svd_gain(weight, rank) if gain == "svd" else spectral_gain(n, m, rank, gain)
     power = Q * weight_power(weight, statistic)
-    if not power > 0:
-        raise ValueError(
-            f"LoRAM would start dead (A = B = 0): gain {Q:.3g} at rank {rank}, times the weight's magnitude"
-        )
-    beta = (power / basis_power(n, m, rank, statistic)) ** 0.25
-    return scaled_bases(n, m, rank, beta, device=weight.device)
+    beta = _beta(power, basis_power(n, m, rank, statistic), f"the weight, times the gain {Q:.3g} at rank {rank},")
+    return _scaled(basis_pair(n, m, rank, device=weight.device), beta)
+
+
+def _require_choice(name: str, value: str, literal: Any) -> None:
+    if value not in get_args(literal):
+        raise ValueError(f"{name}={value!r} is not one of {list(get_args(literal))}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +189,7 @@ class LoRAM(Method):
     gain: Gain = "log"
     reference: Method | None = None
     basis: Basis = "dst"
-    rank_one: Literal["error", "as_two"] = "error"
+    rank_one: RankOne = "error"
 
     info: ClassVar = MethodInfo(
         name="loram",
@@ -176,22 +201,27 @@ class LoRAM(Method):
 
     def __post_init__(self) -> None:
         """Check the options."""
+        for name, literal in (("statistic", Statistic), ("gain", Gain), ("basis", Basis), ("rank_one", RankOne)):
+            _require_choice(name, getattr(self, name), literal)
         if self.reference is not None and not isinstance(self.reference, Method):
             raise TypeError(f"reference must be a method object such as lorainit.PiSSA(), got {self.reference!r}")
+        if self.reference is not None and self.reference.info.product == "zero":
+            raise ValueError(f"reference '{self.reference.info.name}' starts with BA = 0: it has no magnitude to match")
 
     def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
         """Return the scaled bases for the site."""
         require_rank_at_most_min(site)
         n, m, r = site.out_features, site.in_features, site.rank
         power = self._power(site, generator)
-        if not power > 0:
-            raise UnsupportedLayerError(
-                f"layer '{site.name}': LoRAM would start dead (A = B = 0): the "
-                + ("reference start" if self.reference is not None else "weight")
-                + " has zero magnitude"
-            )
-        beta = (power / basis_power(n, m, r, self.statistic)) ** 0.25
-        return scaled_bases(n, m, r, beta, basis=self.basis, generator=generator, device=site.device)
+        bases = basis_pair(n, m, r, basis=self.basis, generator=generator, device=site.device)
+        # random bases are measured as drawn, so that they match the magnitude as exactly as the DST does
+        known = self.basis == "dst"
+        size = basis_power(n, m, r, self.statistic) if known else product_power(bases, self.statistic)
+        try:
+            beta = _beta(power, size, "the weight, times the gain," if self.reference is None else "the reference")
+        except ValueError as error:
+            raise UnsupportedLayerError(f"layer '{site.name}': {error}") from error
+        return _scaled(bases, beta)
 
     def _power(self, site: LoraSite, generator: torch.Generator) -> float:
         """Return the magnitude that BA is to have: gain × weight, or the reference's."""

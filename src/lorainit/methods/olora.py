@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from .._typing import Float, Tensor
+from ..linalg import require_rank
 from ..sites import LoraSite
 from .method import Factors, Method, MethodInfo, require_rank_at_most_min
 
@@ -19,6 +20,7 @@ def factors(weight: Float[Tensor, "out in"], rank: int) -> Factors:
     the first r columns of W alone, and ``R[:r] = Q[:, :r]ᵀ W``. The sign rule is ``R[i, i] ≥ 0``.
     The scaling does not enter.
     """
+    require_rank(weight, rank)
     Q, R = torch.linalg.qr(weight[:, :rank])
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype)
     B = Q * sign

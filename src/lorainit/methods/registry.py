@@ -30,14 +30,16 @@ def register(cls: type[Method]) -> type[Method]:
         TypeError: not such a class.
         ValueError: its name or one of its aliases is taken by another class.
     """
-    if not (isinstance(cls, type) and issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
+    # not dataclasses.is_dataclass: a subclass that lacks the decorator inherits the mark, but its fields are no options
+    if not (isinstance(cls, type) and issubclass(cls, Method) and "__dataclass_fields__" in vars(cls)):
         raise TypeError(f"{cls!r} must be a frozen dataclass that subclasses lorainit.Method")
     if not isinstance(getattr(cls, "info", None), MethodInfo):
         raise TypeError(f"{cls.__name__} needs a class attribute `info` of type lorainit.MethodInfo")
-    for name in (cls.info.name, *cls.info.aliases):
+    names = [name.lower() for name in (cls.info.name, *cls.info.aliases)]
+    for name in names:
         if _METHODS.get(name, cls) is not cls:
             raise ValueError(f"the name '{name}' already belongs to {_METHODS[name].__name__}")
-    for name in (cls.info.name, *cls.info.aliases):
+    for name in names:
         _METHODS[name] = cls
     return cls
 
@@ -49,7 +51,7 @@ def available() -> list[MethodInfo]:
         >>> [info.name for info in available()][:2]
         ['kaiming', 'gaussian']
     """
-    return [cls.info for name, cls in _METHODS.items() if name == cls.info.name]
+    return [cls.info for cls in dict.fromkeys(_METHODS.values())]
 
 
 def get_method(method: str | Method, **options: Any) -> Method:
