@@ -9,13 +9,14 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import lorainit
 import numpy as np
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+
+import lorainit
 
 SEQUENCE, BATCH, VOCAB, CLASSES = 6, 3, 40, 5
 
@@ -86,7 +87,12 @@ def _class_labels() -> Tensor:
 
 def llama(**config: Any) -> nn.Module:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCAB}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3, "max_position_embeddings": 32}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.3,
+        "max_position_embeddings": 32,
+    }
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(sizes | heads | special | config)))
 
@@ -220,6 +226,11 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def rng_state() -> tuple[Any, ...]:
+    """The states of the three global generators.
+
+    beartype, which checks shapes while the tests run, draws from `random` to look into a ``list[Tensor]``: a function
+    of the package that is annotated so shows up here as one that moves the global generator.
+    """
     kind, keys, *position = np.random.get_state()  # noqa: NPY002
     return (tuple(torch.get_rng_state().tolist()), random.getstate(), (kind, tuple(keys.tolist()), *position))
 

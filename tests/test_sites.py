@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 
-import lorainit
 import peft
 import pytest
 import torch
-from cases import LLAMA, TIED, TWIN, Net, each_case, each_dtype, seeded
-from lorainit.sites import lora_layers, site_name, trained_shape
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
+
+import lorainit
+from cases import LLAMA, TIED, TWIN, Net, each_case, each_dtype, seeded
+from lorainit.sites import lora_layers, site_name, trained_shape
 
 KINDS = {
     "llama": {"linear"},
@@ -204,10 +205,9 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("make, config, reason", UNSUPPORTED.values(), ids=UNSUPPORTED)
 def test_what_no_method_can_start_is_listed_with_the_reason(make, config, reason):
     model = get_peft_model(make(), LoraConfig(r=2, **config))
-    sites, unsupported = lorainit.find_sites(model)
-    assert sites == []
+    _, unsupported = lorainit.find_sites(model)
     ((name, why),) = unsupported.items()
-    assert name.startswith("odd")
+    assert name in ("odd", "odd.inner")
     assert re.search(reason, why)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import offset
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from .methods.method import Factors
-from .sites import LoraSite
+from .sites import LoraSite, site_name
 
 Base = Literal["keep", "offset", "subtract"]
 
@@ -79,25 +79,48 @@ def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
 
     Raises:
         NonFiniteError: the start holds NaN or infinity, possibly only in the adapter's dtype.
+        UnsupportedLayerError: A = B = 0 in the adapter's dtype: neither would ever get a gradient.
+        LoraInitError: the adapter's bias or DoRA magnitude has been trained.
     """
-    undo.remember_adapter(site)
     pair = (site.lora_A, site.lora_B)
+    trained = [offset.trained_factor(module) for module in pair]
+    stored = [factor.to(old).reshape(old.shape) for factor, old in zip(start, trained, strict=True)]
+    _check_start(site, *stored)
+    undo.remember_adapter(site)
     offset.detach(*pair)
     with torch.no_grad():
-        for module, factor in zip(pair, start, strict=True):
-            trained = offset.trained_factor(module)
-            trained.copy_(factor.reshape(trained.shape))
-            if not torch.isfinite(trained).all():
-                raise NonFiniteError(f"layer '{site.name}': the start is not finite in the adapter's {trained.dtype}")
-        bias = getattr(site.lora_B, "bias", None)
-        if bias is not None and bool(bias.any()):
-            raise LoraInitError(f"layer '{site.name}': lora_B has a trained bias; start from a fresh adapter")
-        if base == "keep" or not all(bool(offset.trained_factor(m).any()) for m in pair):
+        for parameter, factor in zip(trained, stored, strict=True):
+            parameter.copy_(factor)
+        if base == "keep" or not all(bool(factor.any()) for factor in stored):
             return False
         if base == "subtract":
             _subtract(site, undo)
         offset.attach(*pair, base_edited=base == "subtract")
     return True
+
+
+def _check_start(site: LoraSite, A: Tensor, B: Tensor) -> None:
+    """Raise unless the factors, as the adapter would hold them, can train and are all that the adapter adds."""
+    if not all(bool(torch.isfinite(factor).all()) for factor in (A, B)):
+        raise NonFiniteError(f"layer '{site.name}': the start is not finite in the adapter's {A.dtype}")
+    if not (A.any() or B.any()):
+        raise UnsupportedLayerError(
+            f"layer '{site.name}': the start is dead: A = B = 0 in the adapter's {A.dtype} would never train; "
+            "is the weight zero?"
+        )
+    bias = getattr(site.lora_B, "bias", None)
+    if bias is not None and bool(bias.any()):
+        raise LoraInitError(f"layer '{site.name}': lora_B has a trained bias; start from a fresh adapter")
+    if site.adapter in site.layer.lora_magnitude_vector:
+        magnitude = site.layer.lora_magnitude_vector[site.adapter].weight.detach().flatten()
+        norms = torch.linalg.vector_norm(site.weight(), dim=1)
+        # PEFT computed it in the base's precision
+        rounding = 8 * max(torch.finfo(t.dtype).eps for t in (site.stored_weight(), magnitude))
+        if not torch.allclose(magnitude.to(norms), norms, rtol=rounding, atol=0):
+            raise LoraInitError(
+                f"layer '{site.name}': DoRA has a trained magnitude (not the norm of the base weight); start from a "
+                "fresh adapter"
+            )
 
 
 def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
@@ -112,7 +135,8 @@ def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
                 f"layer '{site.name}': base='subtract' cannot edit a {type(site.base_layer).__name__}; "
                 "use base='offset'"
             )
-        others = [name for name in owners.get(id(weight), []) if not name.endswith(f"{site.name}.base_layer.weight")]
+        own = f"{site.name}.base_layer.weight"
+        others = [name for name in owners.get(id(weight), []) if site_name(name) != own]
         if others:
             raise UnsupportedLayerError(
                 f"layer '{site.name}': base='subtract' would also edit {', '.join(others)}, which shares its weight; "

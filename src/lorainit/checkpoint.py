@@ -170,7 +170,7 @@ def export(
     return errors
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
+def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = "default") -> InitReport:
     """Put a fresh adapter into the state that PEFT or a Trainer saved while it was in training; no data, no re-run.
 
     The offset form is rebuilt from the file, bit for bit, so that training goes on where it stopped. (A folder made by
@@ -180,6 +180,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         model: a model whose adapter was made with the same `LoraConfig`.
         path: the checkpoint folder.
         adapter_name: which adapter of the model to load into.
+
+    Returns:
+        The report of the start that the checkpoint was trained from.
 
     Raises:
         LoraInitError: not such a checkpoint, or one of another configuration; the model is then as it was.
@@ -208,8 +211,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
             set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         except RuntimeError as error:
             raise LoraInitError(f"{path} does not fit adapter '{adapter_name}': {error}") from error
-        rows = tuple(_StoredRow(**row) for row in record["start"]["layers"])
-        mark_started(model, adapter_name, InitReport(**(record["start"] | {"layers": rows})))
+        report = InitReport.from_dict(record["start"])
+        mark_started(model, adapter_name, report)
+    return report
 
 
 def merge(model: PeftModel, *, adapter_name: str = "default") -> nn.Module:
@@ -265,10 +269,6 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, dict[str, Te
 def adapter_base_name(path: str | os.PathLike[str]) -> str | None:
     """Return the base model's name or folder that an adapter folder records, if any."""
     return json.loads((Path(path) / CONFIG_NAME).read_text()).get("base_model_name_or_path")
-
-
-class _StoredRow(dict[str, Any]):
-    """A layer's report as read back from a provenance file: `dataclasses.asdict` passes it through."""
 
 
 def _in_offset_form(layer: LoraLayer, adapter_name: str) -> bool:

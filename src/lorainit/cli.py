@@ -20,23 +20,35 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"lorainit: {error}; the command line needs `pip install lorainit[train]`", file=sys.stderr)
         return 1
-    parser = jsonargparse.ArgumentParser(prog="lorainit", version=__version__, description=__doc__)
-    commands = parser.add_subcommands(title="commands")
-    for name, (function, add) in _COMMANDS.items():
-        sub = jsonargparse.ArgumentParser(description=(function.__doc__ or "").splitlines()[0])
-        add(sub)
-        commands.add_subcommand(name, sub, help=(function.__doc__ or "").splitlines()[0])
-    parsed = parser.parse_args(arguments)
-    options = parser.instantiate_classes(parsed)
     try:
-        _COMMANDS[options.subcommand][0](**_fields(options[options.subcommand]))
-    except (LoraInitError, FileNotFoundError) as error:
+        command, options = _parse(arguments)
+        _COMMANDS[command][0](**options)
+    except jsonargparse.ArgumentError as error:
+        print(f"lorainit: error: {' '.join(str(error).split())} (see lorainit --help)", file=sys.stderr)
+        return 2
+    except (LoraInitError, OSError) as error:
         print(f"lorainit: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("lorainit: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(arguments: list[str] | None) -> tuple[str, dict[str, Any]]:
+    """Return the command and its options, nested ones as their dataclasses."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="lorainit", version=__version__, description=__doc__, exit_on_error=False)
+    commands = parser.add_subcommands(title="commands")
+    for name, (function, add) in _COMMANDS.items():
+        summary = (function.__doc__ or "").splitlines()[0]
+        sub = ArgumentParser(description=summary, exit_on_error=False)
+        add(sub)
+        commands.add_subcommand(name, sub, help=summary)
+    chosen = parser.instantiate_classes(parser.parse_args(arguments))
+    options = vars(chosen[chosen.subcommand])
+    return chosen.subcommand, {k: v for k, v in options.items() if k not in ("config", "__default_config__")}
 
 
 def list_methods(json_output: bool = False) -> None:
@@ -96,8 +108,8 @@ def init(
     if base == "subtract":
         raise LoraInitError("base='subtract' edits the base weights, which an adapter folder cannot hold")
     set_seed(seed)
-    network, _ = load_base(model, get_task(task), dtype)
-    wrapped = add_lora(network, get_task(task), lora or {})
+    network, _, fresh = load_base(model, get_task(task), dtype)
+    wrapped = add_lora(network, get_task(task), lora or {}, fresh)
     print(initialize(wrapped, chosen, seed=seed, base=base))  # pyright: ignore[reportArgumentType]
     wrapped.save_pretrained(output)
     print(f"saved to {output}")
@@ -121,7 +133,7 @@ def evaluate(**options: Any) -> None:
 
 
 def export(source: str, output: str, rank: int | None = None, merge: bool = False, model: str | None = None) -> None:
-    """Turn a checkpoint into a plain adapter (exact or truncated), or merge it into its base.
+    """Turn a checkpoint into a plain adapter, exact or truncated, or merge it into its base.
 
     Args:
         source: adapter folder, for example a Trainer checkpoint.
@@ -151,11 +163,6 @@ def export(source: str, output: str, rank: int | None = None, merge: bool = Fals
     print(f"saved to {output}")
 
 
-def _fields(options: Any) -> dict[str, Any]:
-    """Return a command's options without those that belong to the parser."""
-    return {k: v for k, v in vars(options).items() if k not in ("config", "__default_config__")}
-
-
 def _add_methods(parser: Any) -> None:
     parser.add_argument("--json", dest="json_output", action="store_true", help="print JSON instead of a table")
 
@@ -169,7 +176,8 @@ def _add_train(parser: Any) -> None:
     from .training import Recipe
 
     parser.add_argument("--config", action="config", help="recipe: a YAML file; later options override it")
-    parser.add_class_arguments(Recipe, as_group=False)
+    parser.add_class_arguments(Recipe, as_group=False, skip={"resume"})
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
 
 
 def _add_evaluate(parser: Any) -> None:
@@ -181,7 +189,8 @@ def _add_evaluate(parser: Any) -> None:
 
 def _add_export(parser: Any) -> None:
     parser.add_argument("source", type=str, help="adapter folder, for example a Trainer checkpoint")
-    parser.add_function_arguments(export, as_group=False, skip={"source"})
+    parser.add_function_arguments(export, as_group=False, skip={"source", "merge"})
+    parser.add_argument("--merge", action="store_true", help="write the merged model instead of an adapter")
 
 
 _COMMANDS: dict[str, tuple[Any, Any]] = {

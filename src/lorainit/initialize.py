@@ -21,10 +21,7 @@ from .linalg import product_norm
 from .methods import Method, get_method
 from .offset import is_attached
 from .report import InitReport, LayerReport
-from .sites import LoraSite, find_sites, lora_layers
-
-# PEFT initializations that edit the base weight: started on top of them, "the base" would be a damaged one
-_BASE_EDITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from .sites import LoraSite, base_editing_init, find_sites, lora_layers
 
 
 def initialize(
@@ -55,8 +52,8 @@ def initialize(
             step 0; ``"keep"`` lets the function move by s·BA; ``"subtract"`` edits the base, W ← W − s·B₀A₀. ``"auto"``
             takes what the method's paper means: offset where the function is to be preserved, else keep.
         on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
-            out), ...): ``"error"``, or ``"default"`` to leave it as PEFT made it, with a warning and a row in the
-            report.
+            out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
+            a warning and a row in the report.
         progress: show a progress bar.
 
     Returns:
@@ -95,7 +92,7 @@ def initialize(
                 unsupported[site.name] = str(error)
         for name, layer in lora_layers(model, adapter_name):
             if name in unsupported:
-                rows[name] = _left_at_default(name, layer, adapter_name, unsupported[name])
+                rows[name] = _left_alone(name, layer, adapter_name, unsupported[name])
         order = [name for name, _ in lora_layers(model, adapter_name)]
         report = InitReport(
             method=method.info.name,
@@ -108,9 +105,9 @@ def initialize(
             seconds=0.0,
             peak_bytes=None,
         )
+        for name, reason in unsupported.items():
+            warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=2)
         checkpoint.mark_started(model, adapter_name, report)
-    for name, reason in unsupported.items():
-        warnings.warn(f"lorainit left layer '{name}' at PEFT's default start: {reason}", stacklevel=2)
     return dataclasses.replace(report, seconds=cost.seconds, peak_bytes=cost.peak_bytes)
 
 
@@ -128,14 +125,14 @@ def _check_startable(
     on_unsupported: str,
 ) -> None:
     """Raise on anything that is known to be wrong before a single value is computed."""
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    peft_init = getattr(config, "init_lora_weights", True)
-    if isinstance(peft_init, str) and peft_init.startswith(_BASE_EDITING):
-        raise LoraInitError(
-            f"adapter '{adapter_name}' was made with init_lora_weights={peft_init!r}, which has already edited the "
-            "base weights; reload the base model and use init_lora_weights=True"
-        )
-    edited = [site.name for site in sites if is_attached(site.lora_A) and site.lora_A.base_edited]
+    # one edited layer is enough for "the base" to be a damaged one, whichever adapter it was edited for
+    for name, config in getattr(model, "peft_config", {}).items():
+        if peft_init := base_editing_init(config):
+            raise LoraInitError(
+                f"adapter '{name}' was made with init_lora_weights={peft_init!r}, which has edited the base weights; "
+                "reload the base model and use init_lora_weights=True"
+            )
+    edited = [s.name for s in sites if any(is_attached(m) and m.base_edited for m in s.layer.lora_A.values())]
     if edited:
         raise LoraInitError(
             f"layer '{edited[0]}': the base was edited by an earlier start with base='subtract'; reload the base model"
@@ -175,17 +172,17 @@ def _layer_warnings(site: LoraSite, size: float, weight_norm: float, base: Base)
     return ()
 
 
-def _left_at_default(name: str, layer: nn.Module, adapter_name: str, reason: str) -> LayerReport:
+def _left_alone(name: str, layer: nn.Module, adapter_name: str, reason: str) -> LayerReport:
     return LayerReport(
         name=name,
         kind="default",
         shape=(int(layer.out_features or 0), int(layer.in_features or 0)),  # pyright: ignore[reportArgumentType, reportCallIssue]
         rank=layer.r[adapter_name],  # pyright: ignore[reportIndexIssue]
         scaling=float(layer.scaling[adapter_name]),  # pyright: ignore[reportIndexIssue]
-        base="none",
+        base="offset" if adapter_name in layer.lora_A and is_attached(layer.lora_A[adapter_name]) else "none",
         relative_size=None,
         seconds=0.0,
-        warnings=(f"left at PEFT's default start: {reason}",),
+        warnings=(f"left as it was: {reason}",),
     )
 
 

@@ -12,7 +12,7 @@ class LayerReport:
 
     Attributes:
         name: module path in the base model.
-        kind: linear, conv1d, conv, or "default" for a layer that was left at PEFT's start.
+        kind: linear, conv1d, conv, or "default" for a layer that was left as it was (PEFT's default, if fresh).
         shape: of the weight as (out, in).
         rank: r of the adapter.
         scaling: PEFT's multiplier s.
@@ -70,6 +70,15 @@ class InitReport:
             layer | {"shape": list(layer["shape"]), "warnings": list(layer["warnings"])} for layer in report["layers"]
         ]
         return report | {"warnings": list(self.warnings)}
+
+    @classmethod
+    def from_dict(cls, report: dict[str, Any]) -> InitReport:
+        """Rebuild a report from `to_dict`."""
+        layers = tuple(
+            LayerReport(**(layer | {"shape": tuple(layer["shape"]), "warnings": tuple(layer["warnings"])}))
+            for layer in report["layers"]
+        )
+        return cls(**(report | {"layers": layers, "warnings": tuple(report["warnings"])}))
 
     def __str__(self) -> str:
         """Return a table with one row a layer."""

@@ -16,9 +16,15 @@ from transformers.pytorch_utils import Conv1D
 from . import offset
 from ._typing import Float, Tensor
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
+from .linalg import frobenius_norm
 
 _PEFT_PREFIX = "base_model.model."
+_KINDS = ("linear", "conv1d", "conv")
 _QUANTIZED_CLASSES = ("Linear4bit", "Linear8bitLt")
+# PEFT's variants of LoRA that apply B and A as plain LoRA does; the others put something between them or freeze one
+_PLAIN_VARIANTS = ("Dora", "ALora")
+# values of init_lora_weights for which PEFT edits the base weight
+_BASE_EDITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +100,12 @@ class LoraSite:
 
     @cached_property
     def weight_norm(self) -> float:
-        """Frobenius norm of the weight, accumulated in float64 (float32 on devices without it).
+        """Frobenius norm of the weight, from one read of it (see `lorainit.linalg.frobenius_norm`).
 
         Raises:
             NonFiniteError: the weight holds NaN or infinity.
         """
-        stored = self.stored_weight()
-        wide = torch.float32 if stored.device.type == "mps" else torch.float64
-        norm = float(torch.linalg.vector_norm(stored, dtype=wide))
+        norm = frobenius_norm(self.stored_weight())
         if not math.isfinite(norm):
             raise NonFiniteError(f"layer '{self.name}': the base weight holds NaN or infinite entries")
         return norm
@@ -121,6 +125,12 @@ def trained_shape(module: nn.Module) -> tuple[int, int]:
 def site_name(module_name: str) -> str:
     """Strip PEFT's wrapper prefix from a module path."""
     return module_name.removeprefix(_PEFT_PREFIX)
+
+
+def base_editing_init(config: object) -> str | None:
+    """Return the ``init_lora_weights`` of an adapter's config if PEFT has edited the base weights for it, else None."""
+    init = getattr(config, "init_lora_weights", True)
+    return init if isinstance(init, str) and init.lower().startswith(_BASE_EDITING) else None
 
 
 def lora_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, LoraLayer]]:
@@ -147,19 +157,22 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
 
     Returns:
         The sites in module order, and {layer name: reason} for the layers that no method can start (embeddings, 3-D
-        expert parameters, grouped or dilated convolutions, unknown layer types).
+        expert parameters, grouped or dilated convolutions, variants of LoRA, unknown layer types).
 
     Raises:
-        LoraInitError: no LoRA, an unknown adapter, or an adapter that is merged into the base.
+        LoraInitError: no LoRA, an unknown adapter, or a layer with an adapter, this or another, merged into the base.
         UnsupportedLayerError: a layer whose factors or weight are on the meta device.
     """
     sites: list[LoraSite] = []
     unsupported: dict[str, str] = {}
-    for name, layer in lora_layers(model, adapter_name):
-        if adapter_name in layer.merged_adapters:
-            raise LoraInitError(f"layer '{name}': adapter '{adapter_name}' is merged into the base; unmerge it first")
-        kind = _kind(layer, adapter_name)
-        if kind not in ("linear", "conv1d", "conv"):
+    layers = lora_layers(model, adapter_name)
+    of_embeddings = _embedding_storages(layers, adapter_name)
+    for name, layer in layers:
+        if layer.merged_adapters:
+            merged = layer.merged_adapters[0]
+            raise LoraInitError(f"layer '{name}': adapter '{merged}' is merged into the base; unmerge it first")
+        kind = _kind(layer, adapter_name, of_embeddings)
+        if kind not in _KINDS:
             unsupported[name] = kind
             continue
         site = LoraSite(name, layer, adapter_name, kind)
@@ -172,15 +185,30 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
     return sites, unsupported
 
 
-def _kind(layer: LoraLayer, adapter: str) -> str:
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _embedding_storages(layers: list[tuple[str, LoraLayer]], adapter: str) -> set[int]:
+    """Return where the factors of embedding layers lie in memory; tensors without values (meta) lie at 0."""
+    pairs = [(layer.lora_embedding_A, layer.lora_embedding_B) for _, layer in layers]
+    return {_storage(factor[adapter]) for pair in pairs for factor in pair if adapter in factor} - {0}
+
+
+def _kind(layer: LoraLayer, adapter: str, of_embeddings: set[int]) -> str:
     """Return the site kind, or the reason why there is none."""
     base = layer.get_base_layer()
+    variant = type(layer.lora_variant.get(adapter)).__name__
     if isinstance(layer, ParamWrapper):
         kind = "expert parameters (target_parameters) are not supported"
     elif adapter in layer.lora_embedding_A:
         kind = "embedding layers are not supported"
+    elif adapter in layer.lora_variant and not variant.startswith(_PLAIN_VARIANTS):
+        kind = f"the LoRA variant {variant} is not supported"
     elif not (offset.can_attach(layer.lora_A[adapter]) and offset.can_attach(layer.lora_B[adapter])):
         kind = f"factors of type {type(layer.lora_A[adapter]).__name__} are not supported"
+    elif _storage(offset.trained_factor(layer.lora_A[adapter])) in of_embeddings:
+        kind = "factors shared with the adapter of the embedding (ensure_weight_tying) are not supported"
     elif isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         kind = _convolution_kind(base)
     elif isinstance(base, (Conv1D, nn.Linear)) or type(base).__name__ in _QUANTIZED_CLASSES:
@@ -196,4 +224,6 @@ def _convolution_kind(base: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str:
         return f"grouped convolutions (groups={base.groups}) are not supported"
     if any(d != 1 for d in base.dilation):
         return f"dilated convolutions (dilation={tuple(base.dilation)}) are not supported: PEFT's lora_A ignores it"
+    if base.padding_mode != "zeros":
+        return f"convolutions with padding_mode={base.padding_mode!r} are not supported: PEFT's lora_A ignores it"
     return "conv"

@@ -84,22 +84,20 @@ def train(recipe: Recipe) -> dict[str, Any]:
         NonFiniteError: the loss became NaN or infinite; the message says at which step.
     """
     task = get_task(recipe.task)
-    method = get_method(recipe.method, **recipe.method_options)
+    method = get_method(recipe.method, **recipe.method_options)  # checked before anything is loaded
     output = Path(recipe.output)
     arguments = _training_arguments(recipe, output)
     set_seed(recipe.seed)
     rows = task.load_data(recipe.data, recipe.seed)
-    model, tokenizer = load_base(recipe.model, task, recipe.dtype)
+    model, tokenizer, fresh = load_base(recipe.model, task, recipe.dtype)
     train_set, eval_set = (task.encode(part, tokenizer, recipe.data.max_length) for part in rows)
 
-    model = add_lora(model, task, recipe.lora)
+    model = add_lora(model, task, recipe.lora, fresh)
     with measure() as start_cost:
         if recipe.start is not None:
-            checkpoint.load(model, recipe.start)
-            init = {"loaded_from": recipe.start}
+            report = checkpoint.load(model, recipe.start)
         else:
             report = initialize(model, method, seed=recipe.seed, base=recipe.base)  # pyright: ignore[reportArgumentType]
-            init = report.to_dict()
 
     trainer = FiniteTrainer(
         model=model,
@@ -111,18 +109,18 @@ def train(recipe: Recipe) -> dict[str, Any]:
     )
     with measure() as training_cost:
         trainer.train(resume_from_checkpoint=recipe.resume or None)
-    metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+    metrics = _scores(trainer)
     checkpoint.save_pretrained(model, output / "adapter")
 
     result = {
-        "method": method.info.name,
+        "method": report.method,
         "model": recipe.model,
         "task": task.name,
         "learning_rate": arguments.learning_rate,
         "rank": model.peft_config["default"].r,
         "seed": recipe.seed,
         "metrics": metrics,
-        "init": init,
+        "init": report.to_dict(),
         "curves": _curves(trainer.state.log_history),
         "cost": {"start": dataclasses.asdict(start_cost), "training": dataclasses.asdict(training_cost)},
         "recipe": dataclasses.asdict(recipe),
@@ -152,9 +150,8 @@ def evaluate(
         The task's metrics and the loss.
     """
     chosen, data = get_task(task), data or DataOptions()
-    set_seed(0)
     _, rows = chosen.load_data(data, seed=0)
-    network, tokenizer = load_base(model, chosen, "float32")
+    network, tokenizer, _ = load_base(model, chosen, "float32")
     if adapter is not None:
         checkpoint.read_adapter(adapter)  # one clear line for a folder that is no adapter
         network = PeftModel.from_pretrained(network, adapter)
@@ -168,7 +165,7 @@ def evaluate(
         data_collator=chosen.collator(tokenizer),
         compute_metrics=_metrics(chosen),
     )
-    return {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+    return _scores(trainer)
 
 
 def resolve_model(name: str) -> str:
@@ -189,8 +186,11 @@ def resolve_model(name: str) -> str:
     return str(path)
 
 
-def load_base(name: str, task: Task, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(name: str, task: Task, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """Load a base model with the task's head, and its tokenizer.
+
+    Returns:
+        The model, its tokenizer, and the names of the modules that the checkpoint lacks: they are freshly initialized.
 
     Raises:
         LoraInitError: an unknown dtype, or nothing loadable at that name.
@@ -199,19 +199,31 @@ def load_base(name: str, task: Task, dtype: str) -> tuple[PreTrainedModel, PreTr
         raise LoraInitError(f"dtype '{dtype}' is not one of float32, bfloat16, float16")
     path = resolve_model(name)
     try:
-        return task.load_model(path, dtype=getattr(torch, dtype)), AutoTokenizer.from_pretrained(path)
+        model, info = task.load_model(path, dtype=getattr(torch, dtype), output_loading_info=True)
+        fresh = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
+        return model, AutoTokenizer.from_pretrained(path), fresh
     except (OSError, ValueError) as error:
         raise LoraInitError(f"model '{name}' cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def add_lora(model: PreTrainedModel, task: Task, options: dict[str, Any]) -> PeftModel:
+def add_lora(model: PreTrainedModel, task: Task, options: dict[str, Any], fresh: list[str]) -> PeftModel:
     """Wrap a model with a fresh LoRA adapter.
+
+    Args:
+        model: the base.
+        task: decides PEFT's task type.
+        options: fields of `peft.LoraConfig`.
+        fresh: modules that the base's checkpoint lacks (a head, a pooler). They are trained in full and saved with the
+            adapter instead of carrying LoRA: on a fresh base they would be other random numbers.
 
     Raises:
         LoraInitError: an unknown or wrong field of `peft.LoraConfig`, or target modules that match nothing.
     """
     try:
         config = LoraConfig(task_type=task.task_type, **(LORA_DEFAULTS | options))
+        if fresh:
+            config.modules_to_save = sorted({*(config.modules_to_save or []), *fresh})
+            config.exclude_modules = config.exclude_modules or fresh
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
     except (TypeError, ValueError) as error:
         raise LoraInitError(f"lora: {error}") from error
@@ -249,6 +261,13 @@ def _training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
         return TrainingArguments(output_dir=str(output), seed=recipe.seed, **fields)
     except (TypeError, ValueError) as error:
         raise LoraInitError(f"train: {error}") from error
+
+
+def _scores(trainer: Trainer) -> dict[str, float]:
+    """Evaluate and return loss and metrics, without the Trainer's own timing."""
+    timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
+    scores = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+    return {k: v for k, v in scores.items() if k not in timing}
 
 
 def _metrics(task: Task) -> Any:
@@ -290,7 +309,7 @@ def merge_folder(source: str, output: str, model: str | None = None) -> None:
     heads = [t for k, t in tensors.items() if k.endswith(("classifier.weight", "score.weight"))]
     if heads:
         task = dataclasses.replace(task, num_labels=heads[0].shape[0])
-    network, tokenizer = load_base(base_name, task, "float32")
+    network, tokenizer, _ = load_base(base_name, task, "float32")
     merged = checkpoint.merge(PeftModel.from_pretrained(network, source))
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -11,7 +11,7 @@ from .task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class GlueTask(Task):
 
     task_type: ClassVar[str] = "SEQ_CLS"
 
-    def load_model(self, name_or_path: str, **options: Any) -> PreTrainedModel:
+    def load_model(self, name_or_path: str, **options: Any) -> Any:
         """Load the encoder with a fresh classification head."""
         from transformers import AutoModelForSequenceClassification
 

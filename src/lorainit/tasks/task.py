@@ -14,7 +14,7 @@ from ..errors import LoraInitError
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Task(abc.ABC):
     task_type: ClassVar[str]
 
     @abc.abstractmethod
-    def load_model(self, name_or_path: str, **options: Any) -> PreTrainedModel:
-        """Load the base model with the head that this task needs."""
+    def load_model(self, name_or_path: str, **options: Any) -> Any:
+        """Load the base model with the head that this task needs; options go to ``from_pretrained``."""
 
     @abc.abstractmethod
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -99,15 +99,21 @@ class Task(abc.ABC):
 
     def _read(self, path: str | None) -> DatasetDict:
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
 
-        if path is None:
-            return load_dataset(*self.hub)  # pyright: ignore[reportReturnType]
-        folder = Path(path)
-        files = {s: str(folder / f"{s}.parquet") for s in (self.train_split, self.eval_split)}
-        for file in files.values():
-            if not Path(file).is_file():
-                raise LoraInitError(f"task '{self.name}': there is no file {file}")
-        return load_dataset("parquet", data_files=files)  # pyright: ignore[reportReturnType]
+        source: tuple[str | None, ...] = self.hub
+        files = None
+        if path is not None:
+            source = ("parquet",)
+            files = {s: str(Path(path) / f"{s}.parquet") for s in (self.train_split, self.eval_split)}
+            for file in files.values():
+                if not Path(file).is_file():
+                    raise LoraInitError(f"task '{self.name}': there is no file {file}")
+        try:
+            return load_dataset(*source, data_files=files)  # pyright: ignore[reportReturnType, reportArgumentType]
+        except (DatasetsError, ValueError, OSError) as error:
+            where = path or f"the hub's {self.hub[0]}"
+            raise LoraInitError(f"task '{self.name}': no rows can be read from {where}: {error}") from error
 
 
 def fingerprint(rows: Dataset) -> str:

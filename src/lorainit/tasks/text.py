@@ -11,7 +11,7 @@ from .task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TextTask(Task):
 
     task_type: ClassVar[str] = "CAUSAL_LM"
 
-    def load_model(self, name_or_path: str, **options: Any) -> PreTrainedModel:
+    def load_model(self, name_or_path: str, **options: Any) -> Any:
         """Load the causal language model."""
         from transformers import AutoModelForCausalLM
 

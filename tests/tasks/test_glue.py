@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from lorainit.errors import LoraInitError
+from lorainit.tasks import TASKS, DataOptions, fingerprint, get_task
+
+
+def test_accuracy_and_the_tasks_own_score_match_hand_counts() -> None:
+    predictions = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0], [3.0, 1.0]])  # classes 0 1 1 0
+    labels = np.array([0, 1, 0, 1])
+    assert get_task("sst2").metrics(predictions, labels) == {"accuracy": 0.5}
+    assert get_task("mrpc").metrics(predictions, labels) == {"accuracy": 0.5, "f1": 0.5}
+    assert get_task("cola").metrics(predictions, labels) == {"accuracy": 0.5, "matthews": 0.0}
+
+
+def test_regression_is_scored_by_correlation() -> None:
+    scores = np.array([[0.1], [0.2], [0.4]])
+    assert get_task("stsb").metrics(scores, np.array([1.0, 2.0, 4.0]))["pearson"] == pytest.approx(1.0)
+
+
+def test_an_unknown_task_lists_near_matches() -> None:
+    with pytest.raises(LoraInitError, match=r"unknown task 'sst3'.*'sst2'"):
+        get_task("sst3")
+
+
+def test_every_task_is_registered_under_its_name() -> None:
+    assert all(TASKS[name].name == name for name in TASKS)
+    assert {"sst2", "cola", "mrpc", "rte", "stsb", "wnli", "qnli", "mnli", "text", "tinystories"} <= set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("columns", "files", "message"),
+    [
+        ({"sentence": ["a"], "label": [0]}, ("train",), "there is no file .*validation.parquet"),
+        ({"text": ["a"], "label": [0]}, ("train", "validation"), r"lacks the columns \['sentence'\]"),
+        ({"sentence": [], "label": []}, ("train", "validation"), "no rows can be read"),
+    ],
+    ids=["missing file", "missing column", "no rows"],
+)
+def test_unusable_data_are_refused_by_name(tmp_path, columns, files, message) -> None:
+    for split in files:
+        Dataset.from_dict(columns).to_parquet(str(tmp_path / f"{split}.parquet"))
+    with pytest.raises(LoraInitError, match=message):
+        get_task("sst2").load_data(DataOptions(path=str(tmp_path)), seed=0)
+
+
+def test_training_rows_are_drawn_by_the_seed_and_evaluation_rows_are_the_first(tmp_path) -> None:
+    rows = Dataset.from_dict({"sentence": [f"row {i}" for i in range(50)], "label": [i % 2 for i in range(50)]})
+    for split in ("train", "validation"):
+        rows.to_parquet(str(tmp_path / f"{split}.parquet"))
+    options = DataOptions(path=str(tmp_path), train_samples=10, eval_samples=5)
+    first, again, other = (get_task("sst2").load_data(options, seed)[0]["sentence"] for seed in (0, 0, 1))
+    assert list(first) == list(again) != list(other)
+    assert list(get_task("sst2").load_data(options, 0)[1]["sentence"]) == [f"row {i}" for i in range(5)]
+
+
+def test_the_fingerprint_is_of_the_content_and_its_order() -> None:
+    rows = Dataset.from_dict({"sentence": ["a", "b"], "label": [0, 1]})
+    same = Dataset.from_list(rows.to_list())
+    assert fingerprint(rows) == fingerprint(same) != fingerprint(rows.select([1, 0]))
+
+
+def test_the_published_validation_sets_are_read_whole(shared) -> None:
+    _, validation = get_task("rte").load_data(DataOptions(path=str(shared / "data/glue/rte")), seed=0)
+    assert len(validation) == 277

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lorainit import available
+from lorainit.cli import main
+from runs import save_sentences, save_tiny_bert
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    model, data = save_tiny_bert(folder / "bert"), save_sentences(folder / "sst2")
+    config = folder / "recipe.yaml"
+    config.write_text(
+        f"model: {model}\ntask: sst2\nmethod: kaiming\nlora: {{r: 2}}\ndata: {{path: {data}, max_length: 16}}\n"
+        "train: {max_steps: 2, per_device_train_batch_size: 8, learning_rate: 1e-2, disable_tqdm: true}\n"
+    )
+    return {"model": str(model), "data": str(data), "config": str(config)}
+
+
+def test_methods_lists_every_method(capsys) -> None:
+    assert main(["methods"]) == 0
+    table = capsys.readouterr().out
+    assert all(info.name in table for info in available())
+    assert main(["methods", "--json"]) == 0
+    assert [m["name"] for m in json.loads(capsys.readouterr().out)] == [info.name for info in available()]
+
+
+def test_dotted_options_override_the_recipe_and_keep_the_rest(files, tmp_path) -> None:
+    options = ["--method", "pissa", "--method_options.exact", "true", "--train.learning_rate", "3e-4"]
+    assert main(["train", "--config", files["config"], *options, "--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["method"], result["learning_rate"], result["rank"]) == ("pissa", 3e-4, 2)
+    assert result["init"]["options"]["exact"] is True
+    assert result["recipe"]["train"]["max_steps"] == 2
+
+
+def test_start_train_evaluate_export_and_merge_go_hand_in_hand(files, tmp_path, capsys) -> None:
+    lora = ["--lora.r", "2"]
+    base = ["--model", files["model"], "--task", "sst2"]
+    data = ["--data.path", files["data"], "--data.max_length", "16"]
+    assert main(["init", *base, "--method", "loram", *lora, "--output", str(tmp_path / "start")]) == 0
+    start = ["--start", str(tmp_path / "start")]
+    assert main(["train", "--config", files["config"], *start, "--output", str(tmp_path / "run")]) == 0
+    adapter = str(tmp_path / "run" / "adapter")
+    capsys.readouterr()
+    assert main(["evaluate", *base, *data, "--adapter", adapter]) == 0
+    exact = json.loads(capsys.readouterr().out)
+    assert main(["export", adapter, "--output", str(tmp_path / "small"), "--rank", "2"]) == 0
+    assert "relative error" in capsys.readouterr().out
+    assert main(["export", adapter, "--output", str(tmp_path / "merged"), "--merge"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(tmp_path / "merged"), "--task", "sst2", *data]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, "subcommand"),
+        (["tran"], 2, "tran"),
+        (["train", "--modle", "x"], 2, "--modle"),
+        (["train", "--model", "x"], 2, "task"),
+        (["train", "--config", "no-such.yaml"], 2, "no-such.yaml"),
+        (["train", "--model", "x", "--task", "sst2", "--method", "lorm"], 1, "did you mean 'loram'"),
+        (["train", "--model", "x", "--task", "nope"], 1, "unknown task 'nope'"),
+        (["evaluate", "--model", "x", "--task", "sst2", "--data.path", "no-such-folder"], 1, "there is no file"),
+        (["export", "no-such-folder", "--output", "x"], 1, "no adapter folder"),
+        (["export", ".", "--output", "x", "--rank", "0"], 1, "rank must be at least 1"),
+        (["export", ".", "--output", "x", "--rank", "2", "--merge"], 1, "exclude each other"),
+        (["init", "--model", "no-such-model", "--output", "x"], 1, "cannot be loaded"),
+        (["init", "--model", "x", "--output", "x", "--base", "subtract"], 1, "subtract"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_clear_line_and_a_nonzero_status(capsys, arguments, status, message) -> None:
+    assert main(arguments) == status
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("lorainit: error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in captured.err
+
+
+def test_the_installed_command_fails_with_one_line(tmp_path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{")
+    command = [sys.executable, "-m", "lorainit.cli", "export", str(tmp_path), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("lorainit: error:")
+    assert "Traceback" not in done.stderr
