@@ -1,0 +1,1 @@
+"""What is measured while batches run: sums per layer, collected in one pass for all that a method needs."""
