@@ -226,11 +226,6 @@ def relative_difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def rng_state() -> tuple[Any, ...]:
-    """The states of the three global generators.
-
-    beartype, which checks shapes while the tests run, draws from `random` to look into a ``list[Tensor]``: a function
-    of the package that is annotated so shows up here as one that moves the global generator.
-    """
     kind, keys, *position = np.random.get_state()  # noqa: NPY002
     return (tuple(torch.get_rng_state().tolist()), random.getstate(), (kind, tuple(keys.tolist()), *position))
 

@@ -8,11 +8,11 @@ from beartype import beartype
 
 
 def check(function: Callable) -> Callable:
-    """Check the tensor arguments and results of a function with beartype, and nothing else.
+    """Check the annotations with shapes, ``Float[Tensor, "m n"]``, with beartype, and no others.
 
-    The remaining annotations are pyright's business: a wrong option has to reach the package's own error message,
-    which is what the tests look at.
+    Those are pyright's business: at run time a wrong option has to reach the package's own error message, which is what
+    the tests look at, and looking into a ``list[Tensor]`` would move the global random state.
     """
     hints = function.__annotations__
-    function.__annotations__ = {name: hint for name, hint in hints.items() if "Tensor" in repr(hint)}
+    function.__annotations__ = {name: hint for name, hint in hints.items() if "[Tensor, " in repr(hint)}
     return beartype(function)

@@ -639,6 +639,23 @@ def test_a_tied_weight_is_not_subtracted_from():
     before.assert_unchanged(model)
 
 
+def test_an_adapted_output_layer_is_not_subtracted_from():
+    # PEFT writes the base weight of such a layer into every checkpoint, where an edited one would pass for the original
+    model = LLAMA.adapted(target_modules=["q_proj", "lm_head"])
+    before = Snapshot.of(model)
+    with pytest.raises(lorainit.UnsupportedLayerError, match=r"'lm_head'.*every checkpoint.*use base='offset'"):
+        start(model, "loram", base="subtract")
+    before.assert_unchanged(model)
+
+
+def test_an_adapter_that_acts_on_some_tokens_only_has_no_edited_base():
+    model = LLAMA.adapted(alora_invocation_tokens=[3])
+    before = Snapshot.of(model)
+    with pytest.raises(lorainit.UnsupportedLayerError, match=r"q_proj'.*ALoraLinearVariant.*use base='offset'"):
+        start(model, "loram", base="subtract")
+    before.assert_unchanged(model)
+
+
 def test_a_data_free_method_leaves_the_data_untouched():
     class Untouchable:
         def __iter__(self):

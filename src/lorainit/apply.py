@@ -27,7 +27,7 @@ class Undo:
     def __init__(self) -> None:
         """Start with nothing to undo."""
         self._adapters: list[tuple[LoraSite, list[Tensor], bool | None]] = []
-        self._weights: list[tuple[nn.Parameter, Tensor]] = []
+        self._tensors: list[tuple[Tensor, Tensor]] = []
 
     def remember_adapter(self, site: LoraSite) -> None:
         """Copy the adapter's trained factors and its offset, if it has one."""
@@ -39,15 +39,15 @@ class Undo:
             edited = bool(site.lora_A.base_edited)
         self._adapters.append((site, copies, edited))
 
-    def remember_weight(self, weight: nn.Parameter) -> None:
-        """Copy a base weight that is about to be edited."""
-        self._weights.append((weight, weight.detach().clone()))
+    def remember_tensor(self, tensor: Tensor) -> None:
+        """Copy a tensor that is about to be written in place."""
+        self._tensors.append((tensor, tensor.detach().clone()))
 
     def restore(self) -> None:
         """Put every remembered tensor back, bit for bit."""
         with torch.no_grad():
-            for weight, copy in self._weights:
-                weight.copy_(copy)
+            for tensor, copy in self._tensors:
+                tensor.copy_(copy)
             for site, copies, edited in self._adapters:
                 pair = (site.lora_A, site.lora_B)
                 offset.detach(*pair)
@@ -124,7 +124,8 @@ def _check_start(site: LoraSite, A: Tensor, B: Tensor) -> None:
 
 
 def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
-    """Raise if a base weight cannot be edited without side effects: quantized, or shared with another module."""
+    """Raise if a base weight cannot be edited without side effects: quantized, shared, or saved with the adapter."""
+    embeddings = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -134,6 +135,16 @@ def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
             raise UnsupportedLayerError(
                 f"layer '{site.name}': base='subtract' cannot edit a {type(site.base_layer).__name__}; "
                 "use base='offset'"
+            )
+        if type(site.layer.lora_variant.get(site.adapter)).__name__.startswith("ALora"):
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': base='subtract' changes what the layer does to every token, an "
+                "ALoraLinearVariant only to those after its invocation; use base='offset'"
+            )
+        if site.layer in embeddings:
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': PEFT writes the weight of an adapted output layer into every checkpoint, where "
+                "one that base='subtract' has edited would pass for the original; use base='offset'"
             )
         own = f"{site.name}.base_layer.weight"
         others = [name for name in owners.get(id(weight), []) if site_name(name) != own]
@@ -147,7 +158,7 @@ def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
 def _subtract(site: LoraSite, undo: Undo) -> None:
     """Edit the base, W ← W − s·B₀A₀, from the stored factors in at least float32."""
     parameter = site.base_layer.get_parameter("weight")
-    undo.remember_weight(parameter)
+    undo.remember_tensor(parameter)
     weight = site.weight()
     A, B = (factor.to(weight.dtype) for factor in site.factors())
     residual = torch.addmm(weight, B, A, alpha=-site.scaling)

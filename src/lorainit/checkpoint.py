@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import peft
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -32,13 +35,15 @@ from .apply import all_or_nothing
 from .errors import LoraInitError
 from .linalg import truncate_product
 from .report import InitReport
-from .sites import find_sites, lora_layers
+from .sites import base_editing_init, find_sites, lora_layers, pattern_name, site_name
 from .version import __version__
 
 PROVENANCE_NAME = "lorainit.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
+# fields of LoraConfig that put something between A and B, or change W or the input
+_VARIANT_FIELDS = ("kasa_config", "monteclora_config", "use_bdlora", "use_qalora", "arrow_config")
 
 
 class StartedLoraConfig(LoraConfig):
@@ -67,11 +72,14 @@ def mark_started(model: nn.Module, adapter_name: str, report: InitReport) -> Non
     config = configs[adapter_name]
     started = copy.copy(config)
     started.__class__ = StartedLoraConfig
-    layers = {
-        name: (layer.r[adapter_name] * (2 if _in_offset_form(layer, adapter_name) else 1), layer.scaling[adapter_name])
+    ranks = {
+        pattern_name(name, layer): (
+            layer.r[adapter_name] * (2 if _in_offset_form(layer, adapter_name) else 1),
+            float(layer.scaling[adapter_name]),
+        )
         for name, layer in lora_layers(model, adapter_name)
     }
-    started.__dict__["_plain"] = _plain_fields(config, layers)
+    started.__dict__["_plain"] = _plain_fields(config, ranks)
     started.__dict__["_provenance"] = _provenance(
         form="training",
         offset_layers=[n for n, layer in lora_layers(model, adapter_name) if _in_offset_form(layer, adapter_name)],
@@ -89,43 +97,44 @@ def save_pretrained(
 ) -> dict[str, float]:
     """Save the adapter as ONE plain LoRA for the original base; PEFT, vLLM, ... load it without lorainit.
 
+    Nothing of the base is written, not even what PEFT adds by itself: the weight of an adapted output layer.
+
     Args:
         model: the model with the (trained) adapter.
         save_directory: folder to write ``adapter_model.safetensors``, ``adapter_config.json``, ``lorainit.json`` to.
         adapter_name: which adapter.
         rank: truncate every layer's update to this rank (best approximation, from the factors alone). Default: exact,
-            which is rank r, or 2r for layers that started in offset form.
+            which is rank r, or 2r for layers that started in offset form. Layers whose factors are not one pair
+            (embeddings, 3-D experts, grouped convolutions) keep theirs.
 
     Returns:
         {layer name: relative Frobenius error of its update}; zeros unless truncated.
 
     Raises:
-        LoraInitError: no such adapter, or a rank below 1.
+        LoraInitError: no such adapter, a rank below 1, or an adapter that is no LoRA for the original base: a variant
+            with another forward, or one for which PEFT has edited the base.
     """
-    if rank is not None and rank < 1:
-        raise LoraInitError(f"rank must be at least 1, got {rank}")
+    _check_rank(rank)
     layers = lora_layers(model, adapter_name)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, LoraConfig):
         raise LoraInitError(f"{type(model).__name__} holds no LoraConfig for adapter '{adapter_name}'")
-    tensors = {
-        _PREFIX + key.removeprefix(_PREFIX): value
-        for key, value in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
-    }
-    errors: dict[str, float] = {}
-    final: dict[str, tuple[int, float]] = {}
+    _check_plain(config, f"adapter '{adapter_name}'")
+    tensors = _adapter_tensors(get_peft_model_state_dict(model, adapter_name=adapter_name))
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    ranks: dict[str, tuple[int, float]] = {}
     for name, layer in layers:
-        scaling = float(layer.scaling[adapter_name])
-        if adapter_name in layer.lora_A:
-            pair = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
-            a, b, errors[name] = _truncate(*offset.update_factors(*pair), rank)
-            tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = a, b
-            final[name] = (a.shape[0], scaling)
-        else:
-            final[name] = (layer.r[adapter_name], scaling)
-            errors[name] = 0.0
-    plain = _plain_config(config, final)
-    plain.base_model_name_or_path = plain.base_model_name_or_path or _base_name(model)
+        ranks[pattern_name(name, layer)] = (layer.r[adapter_name], float(layer.scaling[adapter_name]))
+        if adapter_name in layer.lora_A and not isinstance(layer, ParamWrapper):
+            modules = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+            if _is_one_pair(*map(offset.trained_factor, modules), layer.r[adapter_name]):
+                pairs[_PREFIX + name] = offset.update_factors(*modules)
+    errors = dict.fromkeys((name for name, _ in layers), 0.0) | _write_pairs(pairs, rank, tensors, ranks)
+    plain = _plain_config(config, ranks)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain.base_model_name_or_path = plain.base_model_name_or_path or getattr(base, "name_or_path", None) or None
+    if plain.task_type is None:  # what PEFT's Auto classes go by then
+        plain.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     start = config.__dict__.get("_provenance", {}).get("start")
     form = "exact" if rank is None else "truncated"
     _write_folder(Path(save_directory), tensors, plain, _provenance(form=form, start=start, relative_error=errors))
@@ -142,31 +151,45 @@ def export(
     Args:
         source: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         save_directory: where to write.
-        rank: truncate every layer's update to this rank; default: exact.
+        rank: truncate every layer's update to this rank, as `save_pretrained` does; default: exact.
 
     Returns:
         {layer name: relative Frobenius error of its update}.
 
     Raises:
-        LoraInitError: not a LoRA adapter folder, or a damaged one.
+        LoraInitError: not a LoRA adapter folder, a damaged one, or not for the original base (see `save_pretrained`).
     """
-    if rank is not None and rank < 1:
-        raise LoraInitError(f"rank must be at least 1, got {rank}")
+    _check_rank(rank)
     config, tensors = read_adapter(source)
-    errors: dict[str, float] = {}
-    final: dict[str, tuple[int, float]] = {}
-    for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
-        name = key.removesuffix(".lora_A.weight")
-        a, b = tensors[key], tensors.get(f"{name}.lora_B.weight")
-        if b is None or a.shape[0] != b.shape[1]:
-            raise LoraInitError(f"{source}: layer '{name}' has no lora_B that fits its lora_A")
-        layer_name = name.removeprefix(_PREFIX)
-        tensors[key], tensors[f"{name}.lora_B.weight"], errors[layer_name] = _truncate(a, b, rank)
-        final[layer_name] = (tensors[key].shape[0], _config_scaling(config, layer_name))
-    start = _read_provenance(Path(source)).get("start")
+    _check_plain(config, str(source))
+    tensors = _adapter_tensors(tensors)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    ranks: dict[str, tuple[int, float]] = {}
+    stems = list(dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key))
+    if not stems:
+        raise LoraInitError(f"{source} holds no LoRA layer")
+    for stem in stems:
+        name = stem.removeprefix(_PREFIX)
+        a, b = (tensors.get(f"{stem}.lora_{factor}.weight", torch.empty(0, 0)) for factor in "AB")
+        r, scaling = _config_rank(config, name)
+        if f"{stem}.lora_embedding_A" in tensors:
+            ranks[name] = (r, scaling)
+        elif _is_one_pair(a, b, r):
+            ranks[name], pairs[stem] = (r, scaling), (a, b)
+        else:
+            names = _expert_names(config, name) or [name]
+            ranks |= {each: _config_rank(config, each) for each in names}
+            if not _is_stack(a, b, ranks[names[0]][0]):
+                raise LoraInitError(
+                    f"{source}: layer '{name}' has rank {r} by its {CONFIG_NAME}, but lora_A of shape {tuple(a.shape)} "
+                    f"and lora_B of shape {tuple(b.shape)}"
+                )
+    record = _read_provenance(Path(source))
+    errors = dict.fromkeys((stem.removeprefix(_PREFIX) for stem in stems), 0.0)
+    errors |= _write_pairs(pairs, rank, tensors, ranks)
     form = "exact" if rank is None else "truncated"
-    record = _provenance(form=form, start=start, relative_error=errors)
-    _write_folder(Path(save_directory), tensors, _plain_config(config, final), record)
+    provenance = _provenance(form=form, start=record.get("start"), relative_error=errors)
+    _write_folder(Path(save_directory), tensors, _plain_config(config, ranks), provenance)
     return errors
 
 
@@ -193,40 +216,51 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         raise LoraInitError(
             f"{path} is no training checkpoint of a started adapter; load it with peft.PeftModel.from_pretrained"
         )
-    if record["start"]["base"] == "subtract":
+    try:
+        report, in_offset_form = InitReport.from_dict(record["start"]), set(record["offset_layers"])
+    except (KeyError, TypeError) as error:
+        raise LoraInitError(f"{path / PROVENANCE_NAME} is damaged: {error!r}") from error
+    if any(row.base == "subtract" for row in report.layers):
         raise LoraInitError(f"{path}: started with base='subtract'; call lorainit.initialize again with the same seed")
-    _, tensors = read_adapter(path)
+    tensors = _adapter_tensors(read_adapter(path)[1])
     sites, _ = find_sites(model, adapter_name)
-    expected = set(record["offset_layers"])
-    missing = sorted(expected - {site.name for site in sites})
-    if missing:
-        raise LoraInitError(f"{path} has layers that this model's adapter '{adapter_name}' lacks: {missing[:3]}")
+    _check_same_layers(path, report, lora_layers(model, adapter_name), adapter_name)
     with all_or_nothing() as undo:
         for site in sites:
             undo.remember_adapter(site)
             offset.detach(site.lora_A, site.lora_B)
-            if site.name in expected:
+            if site.name in in_offset_form:
                 offset.attach(site.lora_A, site.lora_B)
-        try:
-            set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
-        except RuntimeError as error:
-            raise LoraInitError(f"{path} does not fit adapter '{adapter_name}': {error}") from error
-        report = InitReport.from_dict(record["start"])
+        present = _adapter_tensors(get_peft_model_state_dict(model, adapter_name=adapter_name))
+        _check_same_tensors(path, tensors, present)
+        for tensor in present.values():
+            undo.remember_tensor(tensor)
+        set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         mark_started(model, adapter_name, report)
     return report
 
 
-def merge(model: PeftModel, *, adapter_name: str = "default") -> nn.Module:
+def merge(model: nn.Module, *, adapter_name: str = "default") -> nn.Module:
     """Merge the adapter into the base and return the plain model, adapters removed.
 
     A merged weight that is tied to another module (``lm_head`` and the input embedding) is untied first, so that only
     the adapted use changes; ``config.tie_word_embeddings`` is set accordingly.
 
     Raises:
-        LoraInitError: the merged weights are not finite, or the layer type cannot merge.
+        LoraInitError: no `peft.PeftModel` with that adapter, another adapter is merged already, the adapter is not
+            finite (nothing has changed then), or a layer type cannot merge (reload the base then).
     """
+    layers = lora_layers(model, adapter_name)
+    if not isinstance(model, PeftModel):
+        raise LoraInitError(f"{type(model).__name__} is no peft.PeftModel; only that can merge")
+    for name, layer in layers:
+        others = [other for other in layer.merged_adapters if other != adapter_name]
+        if others:
+            raise LoraInitError(f"layer '{name}': adapter '{others[0]}' is merged into the base; unmerge it first")
+        if not all(bool(torch.isfinite(p).all()) for n, p in layer.named_parameters() if f".{adapter_name}." in n):
+            raise LoraInitError(f"adapter '{adapter_name}' cannot be merged: layer '{name}' holds NaN or infinity")
     users: Counter[int] = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for _, layer in lora_layers(model, adapter_name):
+    for _, layer in layers:
         base = layer.get_base_layer()
         weight = getattr(base, "weight", None)
         if isinstance(weight, nn.Parameter) and users[id(weight)] > 1:
@@ -275,6 +309,88 @@ def _in_offset_form(layer: LoraLayer, adapter_name: str) -> bool:
     return adapter_name in layer.lora_A and offset.is_attached(layer.lora_A[adapter_name])
 
 
+def _check_rank(rank: int | None) -> None:
+    if rank is not None and rank < 1:
+        raise LoraInitError(f"rank must be at least 1, got {rank}")
+
+
+def _check_plain(config: LoraConfig, what: str) -> None:
+    """Raise if an adapter is not y = Wx + s·BAx with the original W, so that it cannot be saved as such."""
+    if init := base_editing_init(config):
+        raise LoraInitError(
+            f"{what} was made with init_lora_weights={init!r}: PEFT has edited the base, so the factors alone are no "
+            "adapter for the original one; see path_initial_model_for_weight_conversion of PEFT's save_pretrained"
+        )
+    variants = [field for field in _VARIANT_FIELDS if getattr(config, field, None)]
+    if variants:
+        raise LoraInitError(f"{what} is no plain LoRA: its config has {', '.join(variants)}")
+
+
+def _check_same_layers(path: Path, report: InitReport, layers: list[tuple[str, LoraLayer]], adapter_name: str) -> None:
+    """Raise unless the adapter has the layers, ranks and scalings of the one that was saved."""
+    saved = {row.name: (row.rank, row.scaling) for row in report.layers}
+    present = {name: (layer.r[adapter_name], float(layer.scaling[adapter_name])) for name, layer in layers}
+    names = sorted(saved.keys() ^ present.keys())
+    if names:
+        raise LoraInitError(f"{path} and adapter '{adapter_name}' are not on the same layers: {names[:3]}")
+    for name, (rank, scaling) in present.items():
+        if rank != saved[name][0] or not math.isclose(scaling, saved[name][1], rel_tol=1e-9):
+            raise LoraInitError(
+                f"{path}: layer '{name}' was trained with rank {saved[name][0]} and scaling {saved[name][1]:g}, but "
+                f"adapter '{adapter_name}' has rank {rank} and scaling {scaling:g}"
+            )
+
+
+def _check_same_tensors(path: Path, saved: dict[str, Tensor], present: dict[str, Tensor]) -> None:
+    """Raise unless a file holds exactly the tensors of the adapter, so that loading it cannot go half way."""
+    for what, keys in (("lacks", present.keys() - saved.keys()), ("has, beyond the adapter,", saved.keys() - present)):
+        if keys:
+            raise LoraInitError(f"{path / WEIGHTS_NAME} {what} {sorted(keys)[:3]}")
+    for key, tensor in present.items():
+        if saved[key].shape != tensor.shape:
+            raise LoraInitError(
+                f"{path / WEIGHTS_NAME} does not fit: {key} has shape {tuple(saved[key].shape)}, the adapter's is "
+                f"{tuple(tensor.shape)}"
+            )
+
+
+def _adapter_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the adapter's tensors under the keys of an adapter file, whatever wraps the model.
+
+    PEFT adds the base weight of an adapted embedding or output layer, which is no part of an adapter.
+    """
+    return {_PREFIX + site_name(k): v for k, v in tensors.items() if not k.endswith(".base_layer.weight")}
+
+
+def _is_one_pair(a: Tensor, b: Tensor, rank: int) -> bool:
+    """Say whether two factors are one pair BA of that rank."""
+    return a.shape[0] == b.shape[1] == rank
+
+
+def _is_stack(a: Tensor, b: Tensor, rank: int) -> bool:
+    """Say whether two factors are several pairs: 3-D experts (rank·experts on both), or a grouped convolution's."""
+    if min(a.numel(), b.numel()) == 0:
+        return False
+    experts = a.shape[0] == b.shape[1] and a.shape[0] % rank == 0
+    return rank % b.shape[1] == 0 and a.shape[0] == rank if a.dim() > 2 else experts
+
+
+def _write_pairs(
+    pairs: dict[str, tuple[Tensor, Tensor]],
+    rank: int | None,
+    tensors: dict[str, Tensor],
+    ranks: dict[str, tuple[int, float]],
+) -> dict[str, float]:
+    """Put the pairs, at the rank asked for, into ``tensors`` and their ranks into ``ranks``; return the errors."""
+    errors: dict[str, float] = {}
+    for stem, pair in pairs.items():
+        name = stem.removeprefix(_PREFIX)
+        a, b, errors[name] = _truncate(*pair, rank)
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
+        ranks[name] = (a.shape[0], ranks[name][1])
+    return errors
+
+
 def _truncate(a: Tensor, b: Tensor, rank: int | None) -> tuple[Tensor, Tensor, float]:
     """Return the factors of the update at ``rank``, in the shapes of ``a`` and ``b`` (convolutions included)."""
     if rank is None or rank >= a.shape[0]:
@@ -283,17 +399,17 @@ def _truncate(a: Tensor, b: Tensor, rank: int | None) -> tuple[Tensor, Tensor, f
     return A.reshape(-1, *a.shape[1:]).contiguous(), B.reshape(b.shape[0], -1, *b.shape[2:]).contiguous(), error
 
 
-def _plain_fields(config: LoraConfig, layers: dict[str, tuple[int, float]]) -> dict[str, Any]:
+def _plain_fields(config: LoraConfig, ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
     """Return the config fields that give every layer its (rank, scaling).
 
     The most common pair becomes ``r`` and ``lora_alpha``; layers that differ are listed by their full, anchored name.
     """
     pairs = {
         name: (rank, _tidy(scaling * (rank**0.5 if config.use_rslora else rank)))
-        for name, (rank, scaling) in layers.items()
+        for name, (rank, scaling) in ranks.items()
     }
     (r, alpha), _ = Counter(pairs.values()).most_common(1)[0]
-    keys = {name: "^" + name.replace(".", r"\.") for name in pairs}
+    keys = {name: "^" + re.escape(name) for name in pairs}
     return {
         "r": r,
         "lora_alpha": alpha,
@@ -308,24 +424,26 @@ def _tidy(alpha: float) -> int | float:
     return round(alpha) if abs(alpha - round(alpha)) <= 1e-9 * max(1.0, abs(alpha)) else alpha
 
 
-def _plain_config(config: LoraConfig, layers: dict[str, tuple[int, float]]) -> LoraConfig:
+def _plain_config(config: LoraConfig, ranks: dict[str, tuple[int, float]]) -> LoraConfig:
     """Return a copy of the config as PEFT's own class, with the final ranks and scalings."""
     plain = copy.deepcopy(config)
     plain.__class__ = LoraConfig
-    plain.__dict__.update(_plain_fields(config, layers), inference_mode=True)
+    plain.__dict__.update(_plain_fields(config, ranks), inference_mode=True)
     return plain
 
 
-def _config_scaling(config: LoraConfig, name: str) -> float:
-    """Return the scaling that PEFT gives a layer under a config."""
+def _expert_names(config: LoraConfig, name: str) -> list[str]:
+    """Return the names by which PEFT's patterns know a layer of a file, if that holds expert parameters."""
+    module = name.replace(".base_layer", "")
+    targets = [target.rpartition(".") for target in config.target_parameters or []]
+    return [f"{module}.{leaf}" for owner, _, leaf in targets if not owner or f".{module}".endswith(f".{owner}")]
+
+
+def _config_rank(config: LoraConfig, name: str) -> tuple[int, float]:
+    """Return the rank and the scaling that PEFT gives a layer under a config."""
     r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
-    return alpha / (r**0.5 if config.use_rslora else r)
-
-
-def _base_name(model: nn.Module) -> str | None:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(base, "name_or_path", None) or None
+    return r, alpha / (r**0.5 if config.use_rslora else r)
 
 
 def _provenance(**fields: Any) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def _parse(arguments: list[str] | None) -> tuple[str, dict[str, Any]]:
         sub = ArgumentParser(description=summary, exit_on_error=False)
         add(sub)
         commands.add_subcommand(name, sub, help=summary)
-    chosen = parser.instantiate_classes(parser.parse_args(arguments))
+    chosen: Any = parser.instantiate_classes(parser.parse_args(arguments))
     options = vars(chosen[chosen.subcommand])
     return chosen.subcommand, {k: v for k, v in options.items() if k not in ("config", "__default_config__")}
 

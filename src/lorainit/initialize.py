@@ -81,19 +81,20 @@ def initialize(
     if treatment == "subtract":
         check_can_subtract(model, sites)
 
-    with measure() as cost, all_or_nothing() as undo:
-        rows: dict[str, LayerReport] = {}
-        for site in tqdm(sites, desc=f"{method.info.name} start", disable=not progress, leave=False):
-            try:
-                rows[site.name] = _start_layer(site, method, seed, treatment, undo)
-            except UnsupportedLayerError as error:
-                if on_unsupported == "error":
-                    raise
-                unsupported[site.name] = str(error)
-        for name, layer in lora_layers(model, adapter_name):
+    with all_or_nothing() as undo:
+        with measure() as cost:
+            rows: dict[str, LayerReport] = {}
+            for site in tqdm(sites, desc=f"{method.info.name} start", disable=not progress, leave=False):
+                try:
+                    rows[site.name] = _start_layer(site, method, seed, treatment, undo)
+                except UnsupportedLayerError as error:
+                    if on_unsupported == "error":
+                        raise
+                    unsupported[site.name] = str(error)
+        layers = lora_layers(model, adapter_name)
+        for name, layer in layers:
             if name in unsupported:
                 rows[name] = _left_alone(name, layer, adapter_name, unsupported[name])
-        order = [name for name, _ in lora_layers(model, adapter_name)]
         report = InitReport(
             method=method.info.name,
             status=method.info.status,
@@ -101,14 +102,14 @@ def initialize(
             base=base,
             adapter_name=adapter_name,
             seed=seed,
-            layers=tuple(rows[name] for name in order),
-            seconds=0.0,
-            peak_bytes=None,
+            layers=tuple(rows[name] for name, _ in layers),
+            seconds=cost.seconds,
+            peak_bytes=cost.peak_bytes,
         )
         for name, reason in unsupported.items():
             warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=2)
         checkpoint.mark_started(model, adapter_name, report)
-    return dataclasses.replace(report, seconds=cost.seconds, peak_bytes=cost.peak_bytes)
+    return report
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -105,19 +105,19 @@ class OffsetFactor(nn.Module):
         )
 
 
-class OffsetLinear(OffsetFactor, nn.Linear):
+class OffsetLinear(OffsetFactor, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`torch.nn.Linear` factor of an adapter in offset form."""
 
 
-class OffsetConv1d(OffsetFactor, nn.Conv1d):
+class OffsetConv1d(OffsetFactor, nn.Conv1d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`torch.nn.Conv1d` factor of an adapter in offset form."""
 
 
-class OffsetConv2d(OffsetFactor, nn.Conv2d):
+class OffsetConv2d(OffsetFactor, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`torch.nn.Conv2d` factor of an adapter in offset form."""
 
 
-class OffsetConv3d(OffsetFactor, nn.Conv3d):
+class OffsetConv3d(OffsetFactor, nn.Conv3d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`torch.nn.Conv3d` factor of an adapter in offset form."""
 
 

@@ -123,8 +123,15 @@ def trained_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def site_name(module_name: str) -> str:
-    """Strip PEFT's wrapper prefix from a module path."""
-    return module_name.removeprefix(_PEFT_PREFIX)
+    """Strip PEFT's wrapper prefix, and those of compiled modules, from a module path."""
+    return module_name.replace("_orig_mod.", "").removeprefix(_PEFT_PREFIX)
+
+
+def pattern_name(name: str, layer: LoraLayer) -> str:
+    """Return the name that PEFT matches ``rank_pattern`` against: the layer's, or that of the adapted parameter."""
+    if isinstance(layer, ParamWrapper):
+        return f"{name.replace('.base_layer', '')}.{layer.parameter_name}"
+    return name
 
 
 def base_editing_init(config: object) -> str | None:

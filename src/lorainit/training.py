@@ -117,7 +117,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "model": recipe.model,
         "task": task.name,
         "learning_rate": arguments.learning_rate,
-        "rank": model.peft_config["default"].r,
+        "rank": (LORA_DEFAULTS | recipe.lora)["r"],
         "seed": recipe.seed,
         "metrics": metrics,
         "init": report.to_dict(),
@@ -310,6 +310,6 @@ def merge_folder(source: str, output: str, model: str | None = None) -> None:
     if heads:
         task = dataclasses.replace(task, num_labels=heads[0].shape[0])
     network, tokenizer, _ = load_base(base_name, task, "float32")
-    merged = checkpoint.merge(PeftModel.from_pretrained(network, source))
+    merged: Any = checkpoint.merge(PeftModel.from_pretrained(network, source))
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)

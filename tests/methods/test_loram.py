@@ -146,6 +146,15 @@ def test_weight_power_is_accumulated_in_float64(statistic, mean, dtype):
 
 
 @statistics
+@pytest.mark.parametrize("mean", [0.0, 1.0, 100.0])
+def test_weight_power_of_a_large_weight_keeps_its_digits(statistic, mean):
+    W = (normal(310, 330) + mean).float()
+    expected = pytest.approx(magnitude(W, statistic), rel=1e-7)
+    assert loram.weight_power(W, statistic) == expected
+    assert loram.weight_power(W, statistic, norm=float(W.double().norm())) == expected
+
+
+@statistics
 def test_product_power_equals_that_of_the_dense_product(statistic):
     start = Factors(normal(4, 15) + 1, normal(22, 4, seed=1) + 1)
     assert loram.product_power(start, statistic) == pytest.approx(magnitude(product(start), statistic), rel=1e-10)
@@ -155,6 +164,7 @@ def test_product_power_equals_that_of_the_dense_product(statistic):
 def test_variance_of_a_constant_weight_is_exactly_zero(constant):
     # a rounding error left here would become a start, enlarged by the fourth root
     assert loram.weight_power(torch.full((24, 16), constant), "variance") == 0
+    assert loram.weight_power(torch.full((310, 330), constant), "variance") == 0
 
 
 # --- the start --------------------------------------------------------------------------------------------------------
@@ -398,6 +408,13 @@ def test_random_bases_are_seeded_and_match_the_magnitude(site, basis, orthonorma
     assert float(product(first).norm() / W.norm()) == pytest.approx(Q**0.5, rel=1e-5)
     gram = first.A @ first.A.mT
     assert torch.allclose(gram, gram[0, 0] * torch.eye(4), atol=1e-5) is orthonormal_rows
+
+
+@pytest.mark.parametrize("basis", ["dst", "orthogonal", "gaussian"])
+def test_factors_of_an_oblong_layer_are_equally_large(site, generator, basis):
+    # columns of norm 1, or 1 in expectation: without that the larger side would get the larger factor
+    A, B = LoRAM(basis=basis).start(site(weight_like(800, 50), 8), generator)
+    assert float(A.norm() / B.norm()) == pytest.approx(1, rel=0.1 if basis == "gaussian" else 1e-5)
 
 
 def test_random_bases_need_a_generator():

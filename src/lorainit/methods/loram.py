@@ -6,7 +6,7 @@ Zhang et al. 2025, "The Primacy of Magnitude in Low-Rank Adaptation", arXiv:2507
 
 Φ_d: the r lowest frequencies of the orthonormal type-I discrete sine transform; mag: the mean square (the paper) or the
 variance (the authors' code). Every singular value of B⁰A⁰ is β², and with the mean square ‖B⁰A⁰‖_F = √Q·‖W‖_F. β
-depends neither on the scaling nor on the data. One read of W, and (n + m)·r sines.
+depends neither on the scaling nor on the data. One read of W (two for the variance), and 2(n + m) sines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from .._typing import Float, Tensor
 from ..errors import UnsupportedLayerError
-from ..linalg import product_mean, product_norm, require_rank
+from ..linalg import frobenius_norm, product_mean, product_norm, require_rank, total
 from ..sites import LoraSite
 from .method import Factors, Method, MethodInfo, require_rank_at_most_min
 
@@ -33,13 +33,13 @@ def dst_basis(size: int, rank: int, *, device: torch.device | None = None) -> Fl
     """Return the first ``rank`` columns of the orthonormal type-I DST, in float64.
 
     Entry (i, k) is ``√(2/(d+1)) sin((i+1)(k+1)π/(d+1))``, 0-based. The phase is reduced in integers, modulo its period
-    2(d+1): a float32 phase would lose digits in large layers.
+    2(d+1): a float32 phase would lose digits in large layers, and one period of sines serves all columns.
     """
     period = 2 * (size + 1)
+    sines = (torch.arange(period, dtype=torch.float64, device=device) * (2 * math.pi / period)).sin_()
     row = torch.arange(1, size + 1, device=device)[:, None]
     column = torch.arange(1, rank + 1, device=device)
-    phase = (row * column) % period
-    return (phase.double() * (2 * math.pi / period)).sin_().mul_(math.sqrt(2 / (size + 1)))
+    return sines.mul_(math.sqrt(2 / (size + 1))).take((row * column).remainder_(period))
 
 
 def dst_column_sums(size: int, rank: int) -> Float[Tensor, " rank"]:
@@ -64,13 +64,15 @@ def basis_power(out_features: int, in_features: int, rank: int, statistic: Stati
     return _variance(rank, total, entries)
 
 
-def weight_power(weight: Float[Tensor, "out in"], statistic: Statistic) -> float:
-    """Return mag(W): the mean square or the unbiased variance, accumulated in float64."""
-    squares = float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2
+def weight_power(weight: Float[Tensor, "out in"], statistic: Statistic, *, norm: float | None = None) -> float:
+    """Return mag(W): the mean square or the unbiased variance. ``norm``: ‖W‖_F where it is known, to save a read."""
+    squares = (frobenius_norm(weight) if norm is None else norm) ** 2
     if statistic == "mean_square":
         return squares / weight.numel()
-    total = float(weight.sum(dtype=torch.float64))
-    return _variance(squares, total, weight.numel())
+    entries = total(weight)
+    if 2 * entries**2 > squares * weight.numel():  # the mean dominates, and most digits cancel
+        squares, entries = frobenius_norm(weight, exact=True) ** 2, total(weight, exact=True)
+    return _variance(squares, entries, weight.numel())
 
 
 def product_power(start: Factors, statistic: Statistic) -> float:
@@ -227,12 +229,7 @@ class LoRAM(Method):
         """Return the magnitude that BA is to have: gain × weight, or the reference's."""
         if self.reference is not None:
             return product_power(self.reference.start(site, generator), self.statistic)
-        weight = site.stored_weight()
-        if self.statistic == "mean_square":
-            magnitude = site.weight_norm**2 / weight.numel()
-        else:
-            magnitude = weight_power(weight, self.statistic)
-        return self._gain(site) * magnitude
+        return self._gain(site) * weight_power(site.stored_weight(), self.statistic, norm=site.weight_norm)
 
     def _gain(self, site: LoraSite) -> float:
         if self.gain == "svd":

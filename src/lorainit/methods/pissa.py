@@ -26,8 +26,8 @@ def factors(
     *,
     exact: bool = False,
     generator: torch.Generator | None = None,
-    oversample: int = 10,
-    iterations: int = 4,
+    oversample: int | None = None,
+    iterations: int = 3,
 ) -> Factors:
     """Return the factors of the best rank-r approximation of the weight: ``s·BA = U_r S_r V_rᵀ``.
 
@@ -39,7 +39,7 @@ def factors(
         scaling: s, so that s·BA is the principal part whatever lora_alpha is.
         exact: full SVD instead of the randomized one.
         generator: source of the randomized SVD's test matrix (default: a fresh one with seed 0).
-        oversample: extra columns of the randomized SVD.
+        oversample: extra columns of the randomized SVD (default: as many as the rank, at least 16).
         iterations: its power iterations.
     """
     if exact:
@@ -55,13 +55,13 @@ class PiSSA(Method):
 
     Args:
         exact: full SVD (slow) instead of the seeded randomized one.
-        oversample: extra columns of the randomized SVD.
+        oversample: extra columns of the randomized SVD (default: as many as the rank, at least 16).
         iterations: its power iterations.
     """
 
     exact: bool = False
-    oversample: int = 10
-    iterations: int = 4
+    oversample: int | None = None
+    iterations: int = 3
 
     info: ClassVar = MethodInfo(
         name="pissa",
@@ -72,7 +72,7 @@ class PiSSA(Method):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.oversample < 0 or self.iterations < 0:
+        if (self.oversample or 0) < 0 or self.iterations < 0:
             raise ValueError(f"oversample and iterations must be ≥ 0, got {self.oversample} and {self.iterations}")
 
     def start(self, site: LoraSite, generator: torch.Generator) -> Factors:

@@ -59,7 +59,7 @@ def get_method(method: str | Method, **options: Any) -> Method:
 
     Example:
         >>> get_method("pissa", exact=True)
-        PiSSA(exact=True, oversample=10, iterations=4)
+        PiSSA(exact=True, oversample=None, iterations=3)
 
     Raises:
         LoraInitError: an unknown name (near matches are listed), unknown or wrong options.

@@ -24,6 +24,7 @@ class LayerStatistics:
         input_magnitude: Σ |x|, entry by entry.
         output_gradient_squares: Σ g ⊙ g: the diagonal of Σ g gᵀ.
         weight_gradient: Σ g xᵀ, the gradient of the summed loss with respect to the weight as out×in.
+        odd_weight_gradient: the same over every second row of the data: a half to cross-fit against the rest.
     """
 
     sequences: int = 0
@@ -34,3 +35,4 @@ class LayerStatistics:
     input_magnitude: Float[Tensor, " in"] | None = None
     output_gradient_squares: Float[Tensor, " out"] | None = None
     weight_gradient: Float[Tensor, "out in"] | None = None
+    odd_weight_gradient: Float[Tensor, "out in"] | None = None

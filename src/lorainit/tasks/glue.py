@@ -39,7 +39,8 @@ class GlueTask(Task):
         texts = self.columns[:-1]
 
         def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            encoded = tokenizer(*(batch[c] for c in texts), truncation=True, max_length=max_length)
+            first, second = batch[texts[0]], batch[texts[1]] if len(texts) > 1 else None
+            encoded = tokenizer(first, second, truncation=True, max_length=max_length)
             labels = batch["label"]
             return dict(encoded) | {"labels": [float(y) for y in labels] if self.num_labels == 1 else labels}
 
@@ -53,11 +54,10 @@ class GlueTask(Task):
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Return accuracy and GLUE's own score."""
-        from scipy.stats import pearsonr
         from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
         if self.num_labels == 1:
-            return {"pearson": float(pearsonr(predictions.squeeze(-1), labels)[0])}
+            return {"pearson": float(np.corrcoef(predictions.squeeze(-1), labels)[0, 1])}
         chosen = np.argmax(predictions, axis=-1)
         scores = {"accuracy": float(accuracy_score(labels, chosen))}
         if self.score == "f1":

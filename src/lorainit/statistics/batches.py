@@ -1,0 +1,133 @@
+"""What a calibration batch says: its rows, which positions count, how many label terms its loss averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoraInitError
+
+MaskKind = Literal["attention", "labels"]
+LossFunction = Callable[[nn.Module, Any], tuple[Tensor, int]]
+
+
+def iterate(data: Iterable[Any], max_batches: int | None, device: torch.device) -> Iterator[Any]:
+    """Yield the batches on the model's device, at most ``max_batches`` of them.
+
+    Raises:
+        LoraInitError: there is no batch at all.
+    """
+    index = -1
+    for index, batch in enumerate(data):
+        if max_batches is not None and index >= max_batches:
+            return
+        yield _to_device(batch, device)
+    if index < 0:
+        raise LoraInitError("the calibration data are empty: not a single batch")
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """Run the model on a batch as a training loop would: a mapping by keyword, a sequence by position.
+
+    Raises:
+        LoraInitError: the model refuses the batch.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    except (TypeError, ValueError) as error:
+        raise LoraInitError(f"the model refuses a calibration batch ({describe(batch)}): {error}") from error
+
+
+def describe(batch: Any) -> str:
+    """Return the keys and shapes of a batch for a message."""
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{k}{list(v.shape) if isinstance(v, Tensor) else ''}" for k, v in batch.items())
+    return type(batch).__name__
+
+
+def count_rows(batch: Any) -> int:
+    """Return the number of rows (sequences, images) in a batch."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() > 0]
+    if not sizes:
+        raise LoraInitError(f"a calibration batch holds no tensor ({describe(batch)})")
+    return sizes[0]
+
+
+def split_rows(batch: Any) -> list[Any]:
+    """Return the batch as batches of one row."""
+    rows = count_rows(batch)
+    if isinstance(batch, Mapping):
+        return [{k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()} for i in range(rows)]
+    if isinstance(batch, (tuple, list)):
+        return [tuple(v[i : i + 1] if isinstance(v, Tensor) else v for v in batch) for i in range(rows)]
+    return [batch[i : i + 1] for i in range(rows)]
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Say whether labels are shifted inside the model: the logits of a position score the next one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    name = type(base).__name__
+    encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    return ("CausalLM" in name or "LMHeadModel" in name) and not encoder_decoder
+
+
+def summed_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    """Return the loss of a batch summed over its label terms, and their number.
+
+    Transformers' models return the mean over the terms: rows for a classifier, labelled tokens for a language model
+    (one fewer a row where labels are shifted inside the model).
+
+    Raises:
+        LoraInitError: no labels in the batch, no loss in the output, or not a single label term.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    output = forward(model, batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if labels is None or loss is None:
+        raise LoraInitError(
+            f"this method needs gradients, hence a loss: the batch ({describe(batch)}) must hold 'labels' and the "
+            "model must return a loss; or pass loss_function=(model, batch) -> (summed loss, number of terms)"
+        )
+    tokens = labels.dim() == 2 and not labels.is_floating_point()  # noqa: PLR2004 - (rows, tokens)
+    counted = labels[:, 1:] if tokens and predicts_next_token(model) else labels
+    terms = int((counted != -100).sum()) if tokens else labels.shape[0]
+    if terms == 0:
+        raise LoraInitError(f"a calibration batch ({describe(batch)}) has no label that counts: all are -100")
+    return loss * terms, terms
+
+
+def position_masks(model: nn.Module, batch: Any, kind: MaskKind) -> dict[str, Tensor]:
+    """Return which positions count: ``"input"`` for the (encoder's) input, ``"decoder"`` for a decoder's.
+
+    Positions that are not named by a mask all count. ``kind="labels"`` keeps the positions whose output is scored.
+    """
+    if not isinstance(batch, Mapping):
+        return {}
+    masks: dict[str, Tensor] = {}
+    attention = batch.get("attention_mask")
+    if isinstance(attention, Tensor) and attention.dim() == 2:  # noqa: PLR2004
+        masks["input"] = attention.bool()
+    labels = batch.get("labels")
+    token_labels = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()  # noqa: PLR2004
+    if token_labels and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        masks["decoder"] = labels != -100  # pyright: ignore[reportArgumentType]
+    elif token_labels and kind == "labels":
+        scored = labels != -100
+        if predicts_next_token(model):
+            scored = torch.cat((scored[:, 1:], torch.zeros_like(scored[:, :1])), dim=1)  # pyright: ignore
+        masks["input"] = masks.get("input", torch.ones_like(scored)) & scored  # pyright: ignore[reportArgumentType]
+    return masks
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Mapping):
+        return {k: _to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_to_device(v, device) for v in batch)
+    return batch.to(device) if isinstance(batch, Tensor) else batch
