@@ -28,9 +28,12 @@ PRESERVING = tuple(info.name for info in lorainit.available() if info.product ==
 @contextlib.contextmanager
 def seeded(seed: int = 0):
     """Draw from a fixed seed and leave the global generator where it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.set_rng_state(state)
 
 
 @dataclasses.dataclass(frozen=True)

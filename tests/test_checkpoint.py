@@ -95,6 +95,13 @@ def trained_state(model):
     return {name: tensor.detach().clone() for name, tensor in every if any(part in name for part in names)}
 
 
+@pytest.fixture(autouse=True)
+def no_model_card(request, monkeypatch):
+    """PEFT's model card takes longer than all the rest of a save here."""
+    if "model_card" not in request.node.name:
+        monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda self, path: None)
+
+
 # --- one plain LoRA for the original base -------------------------------------------------------------------------
 
 
@@ -275,6 +282,11 @@ def test_the_name_of_the_base_model_is_recorded(tmp_path):
     assert adapter_base_name(tmp_path / "out") == str(tmp_path / "base")
     again = peft.AutoPeftModel.from_pretrained(tmp_path / "out").eval()
     assert relative_difference(logits(again, LLAMA.batch()), logits(model, LLAMA.batch())) <= 1e-5
+
+
+def test_a_model_card_is_written(tmp_path):
+    lorainit.save_pretrained(LLAMA.adapted(), tmp_path)
+    assert "lora" in (tmp_path / "README.md").read_text()
 
 
 @each_method

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import time
 import warnings
 from collections.abc import Iterable
@@ -19,9 +20,11 @@ from .cost import measure
 from .errors import LoraInitError, UnsupportedLayerError
 from .linalg import product_norm
 from .methods import Method, get_method
+from .methods.method import start_layer
 from .offset import is_attached
 from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
+from .statistics import LayerStatistics, collect
 
 
 def initialize(
@@ -32,6 +35,8 @@ def initialize(
     adapter_name: str = "default",
     seed: int = 0,
     base: Literal["auto", "offset", "keep", "subtract"] = "auto",
+    max_batches: int | None = None,
+    memory_budget: int | str | None = None,
     on_unsupported: Literal["error", "default"] = "error",
     progress: bool = True,
 ) -> InitReport:
@@ -51,6 +56,9 @@ def initialize(
         base: what to do about BA ≠ 0. ``"offset"`` runs y = Wx + s(BA − B₀A₀)x with B₀A₀ frozen, exactly a no-op at
             step 0; ``"keep"`` lets the function move by s·BA; ``"subtract"`` edits the base, W ← W − s·B₀A₀. ``"auto"``
             takes what the method's paper means: offset where the function is to be preserved, else keep.
+        max_batches: use at most so many batches of ``data``.
+        memory_budget: bytes ("4GiB") that statistics of the data may take at a time; layers then go in groups, and the
+            data are run once a group. Default: all layers at once.
         on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
             out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
             a warning and a row in the report.
@@ -83,10 +91,11 @@ def initialize(
 
     with all_or_nothing() as undo:
         with measure() as cost:
+            statistics = _collect(model, sites, method, data, max_batches, memory_budget, progress)
             rows: dict[str, LayerReport] = {}
             for site in tqdm(sites, desc=f"{method.info.name} start", disable=not progress, leave=False):
                 try:
-                    rows[site.name] = _start_layer(site, method, seed, treatment, undo)
+                    rows[site.name] = _start_layer(site, method, seed, treatment, undo, statistics.pop(site.name, None))
                 except UnsupportedLayerError as error:
                     if on_unsupported == "error":
                         raise
@@ -146,11 +155,50 @@ def _check_startable(
         )
 
 
-def _start_layer(site: LoraSite, method: Method, seed: int, base: Base, undo: Undo) -> LayerReport:
+def _collect(
+    model: nn.Module,
+    sites: list[LoraSite],
+    method: Method,
+    data: Iterable[Any] | None,
+    max_batches: int | None,
+    memory_budget: int | str | None,
+    progress: bool,
+) -> dict[str, LayerStatistics]:
+    """Return what the method needs to know about each layer; nothing for a data-free method."""
+    if method.request is None:
+        return {}
+    if data is None:
+        raise LoraInitError(
+            f"{method.info.name} needs calibration data: pass data=batches as the model takes them"
+            + (", with labels" if method.request.needs_gradients else "")
+        )
+    budget = parse_bytes(memory_budget)
+    return collect(model, sites, data, method.request, max_batches=max_batches, memory_budget=budget, progress=progress)
+
+
+def parse_bytes(amount: int | str | None) -> int | None:
+    """Return a memory size in bytes from a number, "4GiB", "500 MB" or None.
+
+    Example:
+        >>> parse_bytes("2 KiB")
+        2048
+    """
+    if amount is None or isinstance(amount, int):
+        return amount
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", amount)
+    if not found:
+        raise LoraInitError(f"memory_budget={amount!r} is no memory size; write bytes, or for example '4GiB'")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+
+
+def _start_layer(
+    site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, statistics: LayerStatistics | None
+) -> LayerReport:
     """Compute and write the start of one layer."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
-    start = method.start(site, layer_generator(seed, site.name))
+    start = start_layer(method, site, layer_generator(seed, site.name), statistics)
     held = write_start(site, start, base, undo)
     size = site.scaling * product_norm(*site.factors())
     return LayerReport(

@@ -21,7 +21,8 @@ from .._typing import Float, Tensor
 from ..errors import UnsupportedLayerError
 from ..linalg import frobenius_norm, product_mean, product_norm, require_rank, total
 from ..sites import LoraSite
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min
+from ..statistics import LayerStatistics, Request
+from .method import Factors, Method, MethodInfo, require_rank_at_most_min, start_layer
 
 Statistic = Literal["mean_square", "variance"]
 Gain = Literal["log", "log_half", "svd"]
@@ -210,11 +211,16 @@ class LoRAM(Method):
         if self.reference is not None and self.reference.info.product == "zero":
             raise ValueError(f"reference '{self.reference.info.name}' starts with BA = 0: it has no magnitude to match")
 
-    def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
+    @property
+    def request(self) -> Request | None:
+        """What the reference needs, if there is one."""
+        return self.reference.request if self.reference is not None else None
+
+    def start(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics | None = None) -> Factors:
         """Return the scaled bases for the site."""
         require_rank_at_most_min(site)
         n, m, r = site.out_features, site.in_features, site.rank
-        power = self._power(site, generator)
+        power = self._power(site, generator, statistics)
         bases = basis_pair(n, m, r, basis=self.basis, generator=generator, device=site.device)
         # random bases are measured as drawn, so that they match the magnitude as exactly as the DST does
         known = self.basis == "dst"
@@ -225,10 +231,10 @@ class LoRAM(Method):
             raise UnsupportedLayerError(f"layer '{site.name}': {error}") from error
         return _scaled(bases, beta)
 
-    def _power(self, site: LoraSite, generator: torch.Generator) -> float:
+    def _power(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics | None) -> float:
         """Return the magnitude that BA is to have: gain × weight, or the reference's."""
         if self.reference is not None:
-            return product_power(self.reference.start(site, generator), self.statistic)
+            return product_power(start_layer(self.reference, site, generator, statistics), self.statistic)
         return self._gain(site) * weight_power(site.stored_weight(), self.statistic, norm=site.weight_norm)
 
     def _gain(self, site: LoraSite) -> float:

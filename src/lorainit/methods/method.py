@@ -11,6 +11,7 @@ import torch
 from .._typing import Float, Tensor
 from ..errors import UnsupportedLayerError
 from ..sites import LoraSite
+from ..statistics import LayerStatistics, Request
 
 Product = Literal["zero", "preserve", "step"]
 
@@ -53,18 +54,33 @@ class Method(abc.ABC):
     """Base of every start. Subclasses are frozen dataclasses: their fields are the options, checked when made."""
 
     info: ClassVar[MethodInfo]
+    streams: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def request(self) -> Request | None:
+        """What has to be collected from calibration data: the class's ``streams``; None for a data-free method."""
+        return Request(self.streams) if self.streams else None
 
     @abc.abstractmethod
-    def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
+    def start(self, site: LoraSite, generator: torch.Generator, *statistics: LayerStatistics) -> Factors:
         """Return the start of one layer.
 
         Args:
             site: the layer; its weight as out×in, rank and scaling.
             generator: a CPU generator of this layer's own, seeded from the run's seed and the layer's name.
+            statistics: what was collected for this layer, one argument, if the method has a `request`; a data-free
+                method takes none.
 
         Raises:
             UnsupportedLayerError: the method cannot start this layer; the message names it.
         """
+
+
+def start_layer(
+    method: Method, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics | None
+) -> Factors:
+    """Return a method's start of a layer, with the statistics only if there are any."""
+    return method.start(site, generator) if statistics is None else method.start(site, generator, statistics)
 
 
 def require_rank_at_most_min(site: LoraSite) -> None:
