@@ -150,7 +150,8 @@ $results
     choice at the edge of the grid: that start may want a rate outside it.</li>
   <li>The same for all: r = $rank and alpha = 2r on every linear layer but the classifier, which stays frozen; AdamW,
     cosine schedule with 5 steps of warm-up, batches of $batch, $steps steps. A seed sets the order of the data and
-    whatever is random in the start. The seeds that chose the rate are those reported; there is one pretrained base.</li>
+    whatever is random in the start. The seeds that chose the rate are those reported. There is one pretrained base.
+    </li>
 </ul>
 
 <h2>What lorainit promises, checked</h2>

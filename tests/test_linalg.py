@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,10 +15,12 @@ from lorainit.linalg import (
     SVD,
     canonical_signs,
     exact_svd,
+    frobenius_norm,
     product_mean,
     product_norm,
     randomized_svd,
     require_rank,
+    total,
     truncate_product,
 )
 from matrices import best, decaying, normal, orthonormal, with_spectrum
@@ -168,6 +172,51 @@ def test_randomized_svd_starts_alike_in_every_dtype():
     wide = randomized_svd(W, 4, generator=seeded(), iterations=1)
     narrow = randomized_svd(W.float(), 4, generator=seeded(), iterations=1)
     assert_close(dense(narrow).double(), dense(wide), rtol=0, atol=1e-6)
+
+
+# 310·330 entries: large enough for the float32 blocks, and no whole number of them
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 127), (8, 16), (31, 17), (310, 330), (1100, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_norm_and_total_equal_the_float64_ones(m, n, dtype):
+    W = normal(m, n, dtype=dtype) + 0.5
+    wide = W.double()
+    for exact, tolerance in [(False, 3e-8), (True, 1e-13)]:
+        assert frobenius_norm(W, exact=exact) == pytest.approx(float(wide.norm()), rel=tolerance)
+        assert total(W, exact=exact) == pytest.approx(float(wide.sum()), abs=tolerance * float(wide.abs().sum()))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda W: W.mT, id="transposed"),
+        pytest.param(lambda W: W[:, ::2], id="every-other-column"),
+        pytest.param(lambda W: W[5:-5], id="rows"),
+        pytest.param(lambda W: W[:1].expand(300, -1), id="expanded"),
+    ],
+)
+def test_norm_and_total_read_any_layout(view):
+    W = view(normal(500, 400, dtype=torch.float32))
+    assert frobenius_norm(W) == pytest.approx(float(W.double().norm()), rel=1e-8)
+    assert total(W) == pytest.approx(float(W.double().sum()), abs=1e-8 * float(W.double().abs().sum()))
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e25, 1e-25, 1e-40])
+def test_norm_survives_what_float32_squares_do_not(value):
+    W = torch.full((310, 330), value)  # equal entries: all roundings go the same way
+    assert frobenius_norm(W) == pytest.approx(float(W.double().norm()), rel=3e-7)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("m", "n"), [(3, 4), (310, 330)])
+def test_norm_of_a_matrix_with_a_bad_entry_is_not_finite(value, m, n):
+    W = normal(m, n, dtype=torch.float32)
+    W[m // 2, n - 1] = value
+    assert not math.isfinite(frobenius_norm(W))
+
+
+def test_norm_and_total_of_zero_are_zero():
+    W = torch.zeros(310, 330)
+    assert frobenius_norm(W) == total(W) == 0
 
 
 @given(m=sizes, n=sizes, r=sizes, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))

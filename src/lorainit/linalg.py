@@ -87,12 +87,38 @@ def randomized_svd(
     return canonical_signs(SVD(Q @ Uh.mT[:, :rank], S[:rank], V.mT[:rank].contiguous()))
 
 
+def psd_eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """Return eigenvalues (descending, rounding below 0 set to 0) and eigenvectors (columns) of a moment matrix.
+
+    A solver that does not converge in a narrower dtype is called again in float64.
+
+    Raises:
+        ValueError: NaN or infinite entries.
+    """
+    if not bool(matrix.isfinite().all()):
+        raise ValueError("the moment matrix holds NaN or infinite entries")
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, vectors = (result.to(matrix.dtype) for result in torch.linalg.eigh(matrix.double()))
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def squared_singular_values(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " k"]:
+    """Return all ``S²``, descending, from the smaller Gram matrix: a third of an SVD's work.
+
+    Errors are absolute: the rounding unit times ``S_1²``, which is nothing among shares of the energy ``Σ S²``.
+    """
+    gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+
+
 def frobenius_norm(matrix: Float[Tensor, "m n"], *, exact: bool = False) -> float:
     """Return ``‖matrix‖_F`` from one read of it; NaN or infinite where an entry is.
 
     Any floating dtype. A large matrix narrower than float64 is summed in blocks of 128 entries in float32, and only the
-    blocks in float64, at a quarter of the time: relative error 1e-9 where roundings average out, at most 3e-7 where
-    they do not (equal entries). Where float32 over- or underflows, or with ``exact``, float64 is used throughout.
+    blocks in float64, at a quarter of the time: relative error 1e-9 (half precision: 2e-8) where roundings average
+    out, at most 3e-7 where they do not (equal entries). Where float32 over- or underflows, or with ``exact``, float64 is used throughout.
     """
     if _is_large(matrix) and not exact:
         norm = _norm(matrix, torch.float32)
