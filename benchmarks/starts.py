@@ -85,7 +85,7 @@ def table() -> str:
         "",
         "Made by `python benchmarks/starts.py --shared FOLDER` from the JSON files in `starts/`; one seed, short runs",
         "(100 steps of 16 rows; MRPC, RTE 60; LLaMA 150). Metric / evaluation loss after training; a row's best loss",
-        "is bold. Metric: accuracy (SST-2, MRPC, RTE), Matthews correlation (CoLA), none beside the loss for the LLaMA.",
+        "is bold. Metric: accuracy (SST-2, MRPC, RTE), Matthews correlation (CoLA), none for the LLaMA.",
         "",
     ]
     for model, task in RUNS:
