@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=2 python benchmarks/weight_only.py --output benchmarks/results/weight_only.json --fresh
 
-Every case (shape × spectrum × start) runs in a fresh process on a weight W = U diag(i^-p) Vᵀ with random orthogonal U and
-V, so that the optimal captured energy Σ_{i≤r} i^-2p is known without an SVD. Beside each start its process times a
+Every case (shape × spectrum × start) runs in a fresh process on a weight W = U diag(i^-p) Vᵀ with random orthogonal U
+and V, so that the optimal captured energy Σ_{i≤r} i^-2p is known without an SVD. Beside each start its process times a
 plain pass, ``torch.linalg.vector_norm(W)``: one read of the float32 weight. The table is written beside the JSON.
-Resumable: finished cases are kept, unless ``--fresh``; half an hour on two idle cores, most of it PEFT's exact SVDs.
+Resumable: finished cases are kept, unless ``--fresh``. Most of the time goes to PEFT's exact SVDs.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ SCALING = ALPHA / RANK
 SHAPES = {"1024x1024": (1024, 1024), "4096x4096": (4096, 4096), "4096x11008": (4096, 11008)}
 SPECTRA = {"i^-0.5": 0.5, "i^-1": 1.0}
 PASSES = 3  # plain passes before every repeat
+SMALL = 2**20  # up to here even a full SVD is repeated
 FULL_SVD_SHAPES = ("1024x1024",)  # where lorainit's exact modes run: the same LAPACK call as PEFT's
 
 
@@ -49,7 +50,7 @@ class Start:
         init: PEFT's ``init_lora_weights``.
         method: what `lorainit.initialize` runs afterwards; None for PEFT's own.
         factors: the method's pure function of a weight.
-        repeats: how often it runs; the median counts.
+        repeats: how often it runs on a large weight; the median counts.
         shapes: where it runs.
     """
 
@@ -170,7 +171,7 @@ def run_case(name: str, spectrum: str, file: str) -> dict[str, Any]:
     repeat(start, torch.randn(64, 64))  # imports, thread pool
     load = os.getloadavg()
     records, pair = [], None
-    for _ in range(start.repeats):
+    for _ in range(max(start.repeats, 3 if weight.numel() <= SMALL else 1)):
         record, pair = repeat(start, weight)
         records.append(record)
     assert pair is not None
@@ -306,13 +307,13 @@ def markdown(results: dict[str, Any]) -> str:
         "# Data-free starts beside PEFT's own",
         "",
         f"One linear layer, float32, r = {RANK}, W = U diag(i^-p) Vᵀ. Made by `{origin['command']}` with {versions}, "
-        f"{origin['device']['threads']} threads of {origin['cpu']['model']}, commit `{git['commit'][:12]}`"
+        f"{origin['device']['threads']} thread(s) of {origin['cpu']['model']}, commit `{git['commit'][:12]}`"
         f"{' and local changes' if git['dirty'] else ''}. Raw numbers: `weight_only.json`.",
         "",
         "A *pass* is the time of `torch.linalg.vector_norm(W)`, one read of the weight, in the same process. A start "
         "counts from the bare model: `get_peft_model`, and `lorainit.initialize` with its checks and report. Energy is "
-        "‖P W‖² with P the projector on B's columns, relative to the optimum Σ_{i≤r} i^-2p. Peak: resident memory above "
-        "the model (a copy of W is one W).",
+        "‖P W‖² with P the projector on B's columns, relative to the optimum Σ_{i≤r} i^-2p. Peak: resident memory "
+        "above the model, in multiples of W.",
         "",
         "| shape | spectrum | LoRAM, passes | with variance | PiSSA faster than PEFT's `pissa` | its energy "
         "| than `pissa_niter_4` | that one's energy | OLoRA faster than PEFT's |",

@@ -117,19 +117,20 @@ PAGE = Template("""<!doctype html>
   svg { max-width: 100%; height: auto }
   svg text { font-family: system-ui, sans-serif !important }
   image { image-rendering: pixelated }
+  @media (max-width: 40rem) { th, td { padding-right: .6rem } table { font-size: .8rem } }
   code { font-size: .9em; overflow-wrap: anywhere }
 </style>
 
 <h1>Six LoRA starts on rotated digits</h1>
-<p>A small vision transformer was trained on upright digits (test accuracy $upright_test_accuracy), then adapted by LoRA
-  to the same digits turned by 90°, where it starts at $rotated_test_accuracy. Six starts got the same data, steps and
+<p>A small vision transformer was trained on upright digits (test accuracy $upright %), then adapted by LoRA
+  to the same digits turned by 90°, where it gets $rotated %. Six starts got the same data, steps and
   learning rates. This is a toy: it shows how starts are compared, and that they leave the base as it is. It does not
   tell which start is best for your model.</p>
 <figure><figcaption>The two tasks:</figcaption>$pictures</figure>
 
 <h2>Result on the test split</h2>
 $results
-<p>On 360 test images, the standard error of a single accuracy is about $standard_error: differences of that size are
+<p>On 360 test images, the standard error of a single accuracy is about $standard_error points: differences of that size are
   noise. The last two columns put every start at $vanilla, the best rate of vanilla LoRA (kaiming). A start with BA ≠ 0
   often wants a smaller rate than vanilla, so a comparison at a single rate measures the rate as much as the start.</p>
 
@@ -157,7 +158,7 @@ $results
 <h2>What lorainit promises, checked</h2>
 $checks
 <p>|sBA| / |W| is the size of the start relative to the weight, mean of the layers. Even so, the validation loss at
-  step 0 is that of the base, $rotated_validation_loss, and the hash of the base's weights after training is that of
+  step 0 is that of the base, $base_loss, and the hash of the base's weights after training is that of
   before. “Reloaded” is the adapter saved by <code>lorainit.save_pretrained</code> and loaded on a fresh base by
   <code>peft.PeftModel.from_pretrained</code>, without lorainit: the largest difference of any test logit. A start with
   BA ≠ 0 trains at rank r and is saved, exactly, at 2r.</p>

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 from torch import Tensor
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -74,3 +75,9 @@ def vectors(x: Tensor, golden: Tensor) -> float:
 def function(base_weight: Tensor, A: Tensor, B: Tensor, scaling: float, weight: Tensor) -> float:
     """Return how far base + s·BA is from the original weight, relative to its largest entry."""
     return entries(base_weight.double() + scaling * B.double() @ A.double(), weight)
+
+
+def subspace(x: Tensor, golden: Tensor) -> float:
+    """Return the spectral norm of the difference of the projectors onto two row spaces."""
+    frames = [torch.linalg.qr(rows.double().mT).Q for rows in (x, golden)]
+    return float(torch.linalg.matrix_norm(frames[0] @ frames[0].mT - frames[1] @ frames[1].mT, 2))

@@ -141,26 +141,24 @@ VARIANTS = {
 }
 each_variant = pytest.mark.parametrize("case, config", VARIANTS.values(), ids=VARIANTS)
 each_base = pytest.mark.parametrize("base", ["offset", "keep", "subtract"])
-each_saver = pytest.mark.parametrize(
-    "save", [lorainit.save_pretrained, lambda model, path: model.save_pretrained(path)], ids=["lorainit", "peft"]
-)
 
 
-@each_saver
 @each_base
 @each_variant
-def test_every_option_of_lora_and_treatment_of_the_base_comes_back(case, config, base, save, tmp_path):
+def test_every_option_of_lora_and_treatment_of_the_base_comes_back(case, config, base, tmp_path):
     if base == "subtract" and ("lm_head" in config.get("target_modules", ()) or "alora_invocation_tokens" in config):
         pytest.skip("refused, see test_initialize.py")
     model = trained(case, "loram", base=base, **config)
-    save(model, tmp_path)
-    actual = logits(reloaded(case, tmp_path), case.batch())
-    # the edited base rounds once more than the original one
-    assert relative_difference(actual, logits(model, case.batch())) <= 1e-5
-    assert read_json(tmp_path / CONFIG)["init_lora_weights"] is True
+    lorainit.save_pretrained(model, tmp_path / "lorainit")
+    model.save_pretrained(tmp_path / "peft")
+    for folder in (tmp_path / "lorainit", tmp_path / "peft"):
+        actual = logits(reloaded(case, folder), case.batch())
+        # the edited base rounds once more than the original one
+        assert relative_difference(actual, logits(model, case.batch())) <= 1e-5
+        assert read_json(folder / CONFIG)["init_lora_weights"] is True
 
 
-@each_case
+@pytest.mark.parametrize("case", [LLAMA, TIED, GPT2, CONV], ids=lambda case: case.name)
 @each_method
 def test_peft_s_own_save_is_right_too_at_any_time(method, case, tmp_path):
     model = case.adapted()
@@ -952,23 +950,23 @@ def test_the_started_config_behaves_as_the_one_it_replaces():
     assert copy.deepcopy(config).to_dict() == config.to_dict()
 
 
-def test_a_weighted_sum_of_a_started_and_another_adapter_is_right_or_an_error():
+def test_peft_s_weighted_sum_of_a_started_and_another_adapter_is_right_or_an_error():
     model = trained(LLAMA, "pissa")
     model.add_adapter("other", LLAMA.lora_config())
     start(model, "kaiming", adapter_name="other")
     model.set_adapter("other")
     train(model, LLAMA.batches())
-    expected = {name: 0.5 * a + 0.25 * updates(model, "other")[name] for name, a in updates(model).items()}
-    for combination in ("cat", "svd", "linear"):
-        try:
-            model.add_weighted_adapter(["default", "other"], [0.5, 0.25], combination, combination_type=combination)
-        except (ValueError, RuntimeError):
-            continue
-        for site in lorainit.find_sites(model, combination)[0]:
-            actual = site.layer.get_delta_weight(combination).double()
-            difference = (actual - expected[site.name]).norm() / expected[site.name].norm()
-            # "linear" and a truncating "svd" are approximations by design
-            assert combination != "cat" or difference <= 1e-5
+    exact = {name: 0.5 * a + 0.25 * updates(model, "other")[name] for name, a in updates(model).items()}
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.25], "svd", combination_type="svd")
+    for name, update in updates(model, "svd").items():
+        best = torch.linalg.svdvals(exact[name])[4:].norm()
+        assert float((update - exact[name]).norm()) == pytest.approx(float(best), rel=1e-3)
+    try:
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.25], "cat", combination_type="cat")
+    except RuntimeError:  # it counts on the rank in the config
+        return
+    for name, update in updates(model, "cat").items():
+        torch.testing.assert_close(update, exact[name], rtol=1e-4, atol=1e-5)
 
 
 def test_the_state_dict_that_peft_saves_is_plain_and_complete():

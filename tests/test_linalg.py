@@ -267,3 +267,40 @@ def test_truncation_of_zero_has_no_error():
     a, b, error = truncate_product(normal(4, 6), torch.zeros(5, 4, dtype=torch.float64), 2)
     assert error == 0
     assert not bool((b @ a).any())
+
+
+# --- second moments ---------------------------------------------------------------------------------------------------
+
+
+def test_eigenpairs_of_a_moment_are_descending_and_not_negative():
+    x = normal(4, 9)
+    values, vectors = psd_eigh(x.mT @ x)
+    assert bool((values.diff() <= 0).all()) and bool((values >= 0).all())
+    assert_close((vectors * values) @ vectors.mT, x.mT @ x, rtol=0, atol=1e-12)
+    assert_orthonormal(vectors)
+
+
+def test_eigensolver_that_fails_in_float32_is_called_in_float64(monkeypatch):
+    solve = torch.linalg.eigh
+
+    def fail(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return solve(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    values, vectors = psd_eigh(torch.diag(torch.tensor([1.0, 3.0, 2.0])))
+    assert values.dtype == vectors.dtype == torch.float32
+    assert_close(values, torch.tensor([3.0, 2.0, 1.0]))
+
+
+@pytest.mark.parametrize("entry", [float("nan"), float("inf")])
+def test_moment_that_is_not_finite_is_refused(entry):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        psd_eigh(torch.diag(torch.tensor([1.0, entry])))
+
+
+@shapes
+def test_squared_singular_values_are_those_of_the_svd(m, n):
+    matrix = decaying(m, n, 1.0)
+    assert_close(squared_singular_values(matrix), torch.linalg.svdvals(matrix) ** 2, rtol=0, atol=1e-14)

@@ -141,17 +141,17 @@ def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
                 f"layer '{site.name}': base='subtract' changes what the layer does to every token, an "
                 "ALoraLinearVariant only to those after its invocation; use base='offset'"
             )
-        if site.layer in embeddings:
-            raise UnsupportedLayerError(
-                f"layer '{site.name}': PEFT writes the weight of an adapted output layer into every checkpoint, where "
-                "one that base='subtract' has edited would pass for the original; use base='offset'"
-            )
         own = f"{site.name}.base_layer.weight"
         others = [name for name in owners.get(id(weight), []) if site_name(name) != own]
         if others:
             raise UnsupportedLayerError(
                 f"layer '{site.name}': base='subtract' would also edit {', '.join(others)}, which shares its weight; "
                 "use base='offset'"
+            )
+        if site.layer in embeddings:
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': PEFT writes the weight of an adapted output layer into every checkpoint, where "
+                "one that base='subtract' has edited would pass for the original; use base='offset'"
             )
 
 

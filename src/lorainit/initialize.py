@@ -218,6 +218,8 @@ def _start_layer(
 def _layer_warnings(site: LoraSite, size: float, weight_norm: float, base: Base) -> tuple[str, ...]:
     if base == "keep" and size > weight_norm > 0:
         return (f"the kept step s·BA is {size / weight_norm:.1f} times as large as the weight itself",)
+    if base == "subtract" and size > 0 and getattr(site.layer.lora_dropout[site.adapter], "p", 0) > 0:
+        return ("lora_dropout drops s·BA but not what was subtracted: the function changes while training",)
     return ()
 
 

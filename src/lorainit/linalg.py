@@ -117,8 +117,9 @@ def frobenius_norm(matrix: Float[Tensor, "m n"], *, exact: bool = False) -> floa
     """Return ``‖matrix‖_F`` from one read of it; NaN or infinite where an entry is.
 
     Any floating dtype. A large matrix narrower than float64 is summed in blocks of 128 entries in float32, and only the
-    blocks in float64, at a quarter of the time: relative error 1e-9 (half precision: 2e-8) where roundings average
-    out, at most 3e-7 where they do not (equal entries). Where float32 over- or underflows, or with ``exact``, float64 is used throughout.
+    blocks in float64, at a quarter of the time: relative error 1e-9 (half precision: 2e-8) where roundings average out,
+    at most 3e-7 where they do not (equal entries). Where float32 over- or underflows, or with ``exact``, float64 is
+    used throughout.
     """
     if _is_large(matrix) and not exact:
         norm = _norm(matrix, torch.float32)
@@ -160,19 +161,24 @@ def _widest(matrix: Tensor) -> torch.dtype:
     return torch.float32 if matrix.device.type == "mps" else torch.float64
 
 
+def to_double(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64, on the CPU where its device has no float64 (Apple's)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def product_norm(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"]) -> float:
     """Return the Frobenius norm of ``B @ A`` from the two r×r Gram matrices, in float64.
 
     ``‖BA‖² = tr((BᵀB)(AAᵀ))``; the m×n product is never formed.
     """
-    A, B = A.double(), B.double()
+    A, B = to_double(A), to_double(B)
     squared = ((B.mT @ B) * (A @ A.mT)).sum()
     return float(squared.clamp_min(0).sqrt())
 
 
 def product_mean(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"]) -> float:
     """Return the mean entry of ``B @ A`` without forming it, in float64."""
-    return float(B.double().mean(0) @ A.double().mean(1))
+    return float(to_double(B).mean(0) @ to_double(A).mean(1))
 
 
 def truncate_product(
@@ -181,17 +187,17 @@ def truncate_product(
     """Return the best rank-``rank`` approximation of ``B @ A`` as balanced factors, and its relative error.
 
     QR of both factors, then the SVD of the k×k core (Eckart–Young); the m×n product is never formed. Float64
-    throughout, returned in the dtype of ``A``.
+    throughout, returned in the dtypes and on the devices of the factors.
 
     Returns:
         ``A' = √S Vᵀ`` (rank×n), ``B' = U √S`` (m×rank) and ``‖BA − B'A'‖_F / ‖BA‖_F`` (0 where ``BA`` is 0).
     """
-    Qb, Rb = torch.linalg.qr(B.double())
-    Qa, Ra = torch.linalg.qr(A.double().mT)
+    Qb, Rb = torch.linalg.qr(to_double(B))
+    Qa, Ra = torch.linalg.qr(to_double(A).mT)
     core = torch.linalg.svd(Rb @ Ra.mT, full_matrices=False)
     svd = canonical_signs(SVD(Qb @ core.U, core.S, core.Vh @ Qa.mT))
     rank = min(rank, svd.S.numel())
     root = svd.S[:rank].sqrt()
     total = float(svd.S.norm())
     error = float(svd.S[rank:].norm()) / total if total > 0 else 0.0
-    return (root[:, None] * svd.Vh[:rank]).to(A.dtype), (svd.U[:, :rank] * root).to(B.dtype), error
+    return (root[:, None] * svd.Vh[:rank]).to(A), (svd.U[:, :rank] * root).to(B), error

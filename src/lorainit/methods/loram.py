@@ -36,6 +36,8 @@ def dst_basis(size: int, rank: int, *, device: torch.device | None = None) -> Fl
     Entry (i, k) is ``√(2/(d+1)) sin((i+1)(k+1)π/(d+1))``, 0-based. The phase is reduced in integers, modulo its period
     2(d+1): a float32 phase would lose digits in large layers, and one period of sines serves all columns.
     """
+    if device is not None and device.type == "mps":
+        device = None  # no float64 there
     period = 2 * (size + 1)
     sines = (torch.arange(period, dtype=torch.float64, device=device) * (2 * math.pi / period)).sin_()
     row = torch.arange(1, size + 1, device=device)[:, None]

@@ -1,0 +1,230 @@
+"""CNTLoRA (reconstruction): a closed-form ΔW from a domain-shift constraint on activations, cut into two factors.
+
+Das et al. 2025, "ConsNoTrainLoRA", arXiv:2507.08044. Only title, abstract and the caption of figure 1 are known: the
+initialization is posed as a domain shift, constraints relate pre-training to fine-tuning activations, and a closed form
+in the weights and the fine-tuning activations is decomposed into the factors. Every formula, default and rule here is a
+reconstruction that does this; results obtained with it are not the paper's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from .._typing import Float, Tensor
+from ..linalg import require_rank, squared_singular_values
+from ..sites import LoraSite
+from ..statistics.layer import LayerStatistics
+from .activations import decompose, keep_alive, leading, mean_of, require_choice, rounding
+from .gradient import naming
+from .method import Factors, Method, MethodInfo, require_rank_at_most_min
+from .shift import Constraint, Map, Moment, Shift, ShiftOptions, estimate
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Metric = Literal["data", "frobenius"]
+
+
+def delta(
+    weight: Float[Tensor, "out in"], input_second_moment: Float[Tensor, "in in"], **options: Unpack[ShiftOptions]
+) -> Float[Tensor, "out in"]:
+    """Return the estimate ΔW of a constraint. All of them are reconstructions.
+
+    C̃ = C + εI with ε = δ·tr(C)/n; a proxy moment C_p is damped alike by its own mean eigenvalue.
+
+    - ``"F1"``: ``(W0+ΔW) C̃ (W0+ΔW)ᵀ = σ² W0 W0ᵀ``, ``ΔW = W0 (σ C̃^{-1/2} − I)``, σ² = tr(C̃)/n: the outputs have the
+      second moment that white inputs of the same power would give.
+    - ``"F1p"``: ``(W0+ΔW) C̃ (W0+ΔW)ᵀ = W0 C̃_p W0ᵀ``, ``ΔW = W0 (M − I)``: that of proxy inputs. M is the Gaussian
+      optimal transport, or ``C̃_p^{1/2} C̃^{-1/2}`` (coral).
+    - ``"F2"``: ``ΔW = W0 (C_pf − C)(C + εI)⁻¹``: paired outputs, ridge κ = ε. Without pairs C_pf = 0.
+    - ``"F3"``: ``ΔW = W0 C (C + εI)⁻¹``: W0 on the span of the data, nothing off it.
+    - ``"F4"``: F1's equation solved on the output side, ``ΔW = G W0``.
+    - ``"F5"``: ``ΔW = W0 (μ_p − μ) μᵀ/‖μ‖²``: mean outputs. Without a proxy μ_p = 0.
+
+    Args:
+        weight: W0, out×in.
+        input_second_moment: C, in×in: mean of x xᵀ over fine-tuning inputs.
+        **options: the constraint (default ``"F1"``), damping, proxies, ...: see `lorainit.methods.shift.ShiftOptions`.
+            The damping is raised, with a warning, where the constraint needs the inverse of a singular moment.
+
+    Returns:
+        ΔW in the weight's dtype, computed in the wider dtype of weight and moment.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an unknown constraint, moment or map, inputs that are zero or do not vary, a NaN, a mean or a proxy
+            that is missing.
+    """
+    shift = estimate(weight, input_second_moment, **options)
+    return (shift.plain @ shift.vectors.mT).to(weight.dtype)
+
+
+def factors(
+    weight: Float[Tensor, "out in"],
+    input_second_moment: Float[Tensor, "in in"],
+    rank: int,
+    scaling: float,
+    *,
+    metric: Metric = "data",
+    drift: float | None = None,
+    exact: bool = False,
+    generator: torch.Generator | None = None,
+    **options: Unpack[ShiftOptions],
+) -> Factors:
+    """Return the best rank-r factors of ΔW, in the metric of the inputs or in the Frobenius norm.
+
+    ``metric="data"``: ``ΔW C̃^{1/2} = U S Vᵀ``, ``B = U_r √(S_r/s)``, ``A = √(S_r/s) V_rᵀ C̃^{-1/2}``: the least output
+    error tr(E C̃ Eᵀ), E = ΔW − s·BA, and ``BᵀB = A C̃ Aᵀ = diag(S_r)/s``. For F1 the matrix that is decomposed is
+    ``W0 (σI − C̃^{1/2})``, bounded where C̃ is small. ``metric="frobenius"``: the plain SVD of ΔW, ``A = √(S_r/s) V_rᵀ``.
+
+    Args:
+        weight: W0, out×in.
+        input_second_moment: C, in×in: mean of x xᵀ over fine-tuning inputs.
+        rank: r, at most min(out, in).
+        scaling: s.
+        metric: of the truncation.
+        drift: τ: both factors are shrunk alike until the step's output energy tr(D C Dᵀ), D = s·BA, is at most τ times
+            tr(W0 C W0ᵀ), with C as measured. None: no bound.
+        exact: full SVD instead of the randomized one.
+        generator: source of the randomized SVD's test matrix and of padding (default: a fresh one with seed 0).
+        **options: as for `delta`.
+
+    Returns:
+        The factors in the weight's dtype. Components at the level of rounding are replaced by those of a plain LoRA
+        start, with a warning; where there is no shift, that is all of them.
+
+    Raises:
+        TypeError, ValueError: as `delta`, or a rank or drift out of range.
+    """
+    require_rank(weight, rank)
+    if drift is not None and not drift > 0:
+        raise ValueError(f"drift must be > 0 or None, got {drift}")
+    shift, matrix = _matrix(weight, input_second_moment, metric, options)
+    size = shift.weighted_norm if metric == "data" else float(weight.norm())
+    svd = decompose(matrix, min(rank, *matrix.shape), exact=exact, generator=generator)
+    svd = leading(svd, rounding(matrix) * size)
+    root = (svd.S / scaling).sqrt()
+    right = svd.Vh * shift.inverse_roots if metric == "data" else svd.Vh
+    start = Factors((root[:, None] * right) @ shift.vectors.mT, svd.U * root)
+    if drift is not None:
+        start = _guarded(start, weight.to(matrix.dtype), input_second_moment.to(matrix.dtype), scaling, drift)
+    return Factors(*(factor.to(weight.dtype) for factor in keep_alive(start, rank, generator)))
+
+
+def energies(
+    weight: Float[Tensor, "out in"],
+    input_second_moment: Float[Tensor, "in in"],
+    *,
+    metric: Metric = "data",
+    **options: Unpack[ShiftOptions],
+) -> Float[Tensor, " k"]:
+    """Return the squared singular values of the matrix that `factors` truncates, descending."""
+    return squared_singular_values(_matrix(weight, input_second_moment, metric, options)[1])
+
+
+def _matrix(weight: Tensor, moment: Tensor, metric: Metric, options: ShiftOptions) -> tuple[Shift, Tensor]:
+    require_choice("metric", metric, Metric)
+    shift = estimate(weight, moment, **options)
+    if metric == "data":
+        return shift, shift.half
+    if options.get("constraint", "F1") == "F1" and options.get("top_k") is None:
+        warnings.warn(
+            "constraint 'F1' with metric='frobenius' and no top_k spends the rank on directions that the data lack",
+            stacklevel=3,
+        )
+    return shift, shift.plain
+
+
+def _guarded(start: Factors, weight: Tensor, moment: Tensor, scaling: float, drift: float) -> Factors:
+    """Shrink both factors by √g, g = min(1, √(τ·tr(W0 C W0ᵀ)/tr(D C Dᵀ)))."""
+    before = float(((weight @ moment) * weight).sum())
+    after = scaling**2 * float(((start.B.mT @ start.B) * (start.A @ moment @ start.A.mT)).sum())
+    gain = math.sqrt(drift * before / after) if after > drift * before else 1.0
+    return Factors(*(math.sqrt(gain) * factor for factor in start))
+
+
+@dataclasses.dataclass(frozen=True)
+class CNTLoRA(Method):
+    """Reconstruction: a closed-form step that undoes a shift of the layer's inputs, cut to the rank.
+
+    Args:
+        constraint: which activations are to agree, see `lorainit.methods.cntlora.delta`. With ``"F3"`` the function is
+            preserved (``base="auto"`` gives the offset form); with the others the step is kept.
+        moment: ``"second"`` moments, or ``"centred"`` ones.
+        damping: δ, relative to the mean eigenvalue.
+        metric: of the truncation, ``"data"`` or ``"frobenius"``.
+        top_k: no step outside the k leading principal directions of the inputs.
+        drift: largest output energy of the step relative to that of the layer, None for no bound. Not for ``"F3"``.
+        map: of ``"F1p"``: ``"transport"`` or ``"coral"``.
+        exact: full SVD (slow) instead of the seeded randomized one.
+    """
+
+    constraint: Constraint = "F1"
+    moment: Moment = "second"
+    damping: float = 1e-2
+    metric: Metric = "data"
+    top_k: int | None = None
+    drift: float | None = 0.01
+    map: Map = "transport"
+    exact: bool = False
+
+    info: ClassVar = MethodInfo(
+        name="cntlora",
+        summary="s·BA = the best rank-r step that undoes a shift of the layer's inputs",
+        paper="Das et al. 2025, arXiv:2507.08044",
+        product="step",
+        needs=("forward",),
+        status="reconstruction",
+    )
+    streams: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "input_sum"})
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        choices = {"constraint": Constraint, "moment": Moment, "metric": Metric, "map": Map}
+        for name, literal in choices.items():
+            require_choice(name, getattr(self, name), literal)
+        bounded = (self.top_k is None or self.top_k >= 1) and (self.drift is None or self.drift > 0)
+        if not (self.damping >= 0 and bounded):
+            raise ValueError(
+                "damping must be ≥ 0, top_k ≥ 1 or None, drift > 0 or None, "
+                f"got {self.damping}, {self.top_k} and {self.drift}"
+            )
+        if self.constraint == "F3":  # W0 itself on the data: it only makes sense beside W0 − s·BA
+            object.__setattr__(self, "info", dataclasses.replace(type(self).info, product="preserve"))
+
+    def start(
+        self,
+        site: LoraSite,
+        generator: torch.Generator,
+        statistics: LayerStatistics,
+        proxy: LayerStatistics | None = None,
+    ) -> Factors:
+        """Return the factors of the site's step; ``proxy`` holds the same sums over pre-training-like data."""
+        require_rank_at_most_min(site)
+        moment, options = self._arguments(site, statistics, proxy)
+        drift = None if self.constraint == "F3" else self.drift
+        solver = {"drift": drift, "exact": self.exact, "generator": generator}
+        with naming(site):
+            return factors(site.weight(), moment, site.rank, site.scaling, **solver, **options)
+
+    def energies(self, site: LoraSite, statistics: LayerStatistics, proxy: LayerStatistics | None = None) -> Tensor:
+        """Return what `lorainit.ranks.allocate` pools: the squared singular values of the site's step."""
+        moment, options = self._arguments(site, statistics, proxy)
+        with naming(site):
+            return energies(site.weight(), moment, **options)
+
+    def _arguments(
+        self, site: LoraSite, statistics: LayerStatistics, proxy: LayerStatistics | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        options = dataclasses.asdict(self)
+        del options["drift"], options["exact"]
+        options["input_mean"] = mean_of(site, statistics, "input_sum")
+        if proxy is not None:
+            options["proxy_second_moment"] = mean_of(site, proxy, "input_second_moment")
+            options["proxy_mean"] = mean_of(site, proxy, "input_sum")
+        return mean_of(site, statistics, "input_second_moment"), options

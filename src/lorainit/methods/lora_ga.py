@@ -1,0 +1,170 @@
+r"""LoRA-GA: the adapter's first update follows the gradient of full fine-tuning.
+
+Wang, Yu & Li 2024, "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv:2407.05000 (NeurIPS 2024), in the
+form of the authors' code. With the gradient ``G = U S Vᵀ`` and two disjoint sets I, J of r of its 2r leading triplets:
+
+    A = c V_Iᵀ,   B = c U_J
+
+so that the updates of B (along G·V_I) and of A (along U_Jᵀ·G) together cover the 2r leading directions of G. The
+singular values enter neither factor: the scale of the loss has no influence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import ClassVar, Literal
+
+import torch
+
+from .._typing import Float, Tensor
+from ..linalg import exact_svd, randomized_svd
+from ..sites import LoraSite
+from ..statistics.layer import LayerStatistics
+from .activations import require_choice, rounding
+from .gradient import collected, leading_triplets, naming
+from .method import Factors, Method, MethodInfo
+
+Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
+Scale = Literal["stable", "gd", "unit", "weightS"]
+
+
+def factors(
+    gradient: Float[Tensor, "out in"],
+    rank: int,
+    *,
+    gamma: float = 16.0,
+    direction: Direction = "ArB2r",
+    scale: Scale = "stable",
+    scaling: float = 1.0,
+    weight: Float[Tensor, "out in"] | None = None,
+    clip: bool = False,
+    exact: bool = False,
+    oversample: int | None = None,
+    iterations: int = 3,
+    generator: torch.Generator | None = None,
+) -> Factors:
+    """Return LoRA-GA's start for a weight gradient.
+
+    Args:
+        gradient: G, the loss gradient with respect to the weight, out×in; its scale has no influence.
+        rank: r, with 2r at most min(out, in).
+        gamma: γ of the scale ``"stable"``.
+        direction: which of the 2r leading triplets go where, counted from 0: ``"ArB2r"`` A the first r, B the next;
+            ``"A2rBr"`` the other way round; ``"ArBr"`` A the odd ones, B the even ones; ``"random"`` random halves.
+        scale: c: ``"stable"`` out^¼/√γ; ``"gd"`` 1/s; ``"unit"`` 1; ``"weightS"`` the mean of √(σ_i(W)/s) over the r
+            leading singular values of the weight.
+        scaling: s, the multiplier of BA; for ``"gd"``, ``"weightS"`` and ``clip``.
+        weight: W, out×in; for ``"weightS"`` and ``clip``.
+        clip: shrink both factors alike where max|s·BA| would exceed max|W|, so that they are equal.
+        exact: full SVD instead of the seeded randomized one.
+        oversample: extra columns of the randomized SVD (default: as many as it has to find, at least 16).
+        iterations: its power iterations.
+        generator: source of its test matrix and of the random halves (default: a fresh one with seed 0).
+
+    Raises:
+        NonFiniteError: NaN or infinity in the gradient.
+        ValueError: the gradient is zero, an argument is out of range, or the weight is missing.
+
+    Warns:
+        UserWarning: the rank of the gradient is below 2r, and some directions are arbitrary.
+    """
+    _require_options(gamma, direction, scale, oversample, iterations)
+    if weight is None and (clip or scale == "weightS"):
+        raise ValueError("clip and scale='weightS' need the weight")
+    if not 1 <= 2 * rank <= min(gradient.shape):
+        raise ValueError(
+            f"LoRA-GA takes 2r = {2 * rank} directions from the {gradient.shape[0]}×{gradient.shape[1]} gradient, "
+            f"which has {min(gradient.shape)}; lower r, or give this layer its own in rank_pattern"
+        )
+    generator = generator or torch.Generator().manual_seed(0)
+    sketch = {"generator": generator, "oversample": oversample, "iterations": iterations}
+    svd = leading_triplets(gradient, 2 * rank, exact=exact, **sketch)
+    present = int((svd.S > rounding(svd.U) * svd.S[0]).sum())
+    if present < 2 * rank:
+        warnings.warn(
+            f"the weight gradient has rank {present}, so that {2 * rank - present} of the {2 * rank} directions that "
+            "LoRA-GA takes from it are arbitrary; give more data, or lower r",
+            stacklevel=2,
+        )
+    of_A, of_B = (part.to(gradient.device) for part in _split(rank, direction, generator))
+    factor = {"stable": gradient.shape[0] ** 0.25 / math.sqrt(gamma), "gd": 1 / scaling}.get(scale, 1.0)
+    if weight is not None and scale == "weightS":
+        values = (exact_svd(weight, rank) if exact else randomized_svd(weight, rank, **sketch)).S
+        factor = float((values / scaling).sqrt().mean())
+    A, B = factor * svd.Vh[of_A], factor * svd.U[:, of_B]
+    if weight is not None and clip:
+        ratio = float(weight.abs().max()) / (scaling * float((B @ A).abs().max()))
+        A, B = (min(1.0, math.sqrt(ratio)) * part for part in (A, B))
+    return Factors(A, B)
+
+
+def _split(rank: int, direction: Direction, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the triplets that A takes and those that B takes: disjoint halves of the first 2r."""
+    order = torch.arange(2 * rank)
+    if direction == "ArBr":
+        return order[1::2], order[0::2]
+    if direction == "random":
+        order = torch.randperm(2 * rank, generator=generator, device=generator.device)
+    first, second = order[:rank], order[rank:]
+    return (second, first) if direction == "A2rBr" else (first, second)
+
+
+def _require_options(gamma: float, direction: Direction, scale: Scale, oversample: int | None, iterations: int) -> None:
+    require_choice("direction", direction, Direction)
+    require_choice("scale", scale, Scale)
+    if not (gamma > 0 and math.isfinite(gamma)):
+        raise ValueError(f"gamma must be positive, got {gamma}")
+    if (oversample or 0) < 0 or iterations < 0:
+        raise ValueError(f"oversample and iterations must be ≥ 0, got {oversample} and {iterations}")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAGA(Method):
+    """Singular vectors of the gradient: A and B take disjoint halves of its 2r leading triplets.
+
+    Args:
+        gamma: γ of the scale ``"stable"``: both factors are multiplied by out^¼/√γ.
+        direction: which triplets go where: ``"ArB2r"``, ``"A2rBr"``, ``"ArBr"`` or ``"random"``, see `factors`.
+        scale: ``"stable"``, ``"gd"``, ``"unit"`` or ``"weightS"``, see `factors`.
+        clip: shrink the start where max|s·BA| would exceed max|W|.
+        exact: full SVD (slow) instead of the seeded randomized one.
+        oversample: extra columns of the randomized SVD (default: as many as it has to find, at least 16).
+        iterations: its power iterations.
+    """
+
+    gamma: float = 16.0
+    direction: Direction = "ArB2r"
+    scale: Scale = "stable"
+    clip: bool = False
+    exact: bool = False
+    oversample: int | None = None
+    iterations: int = 3
+
+    streams: ClassVar[frozenset[str]] = frozenset({"weight_gradient"})
+    info: ClassVar = MethodInfo(
+        name="lora-ga",
+        summary="A, B = disjoint halves of the 2r leading singular vectors of the gradient",
+        paper="Wang et al. 2024, arXiv:2407.05000",
+        product="preserve",
+        needs=("forward", "backward"),
+    )
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        _require_options(self.gamma, self.direction, self.scale, self.oversample, self.iterations)
+
+    def start(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics) -> Factors:
+        """Return the start for the site from the gradient of the summed loss, whose scale has no influence."""
+        weight = site.weight() if self.clip or self.scale == "weightS" else None
+        with naming(site):
+            gradient = collected(statistics, self.streams)["weight_gradient"].to(site.device)
+            return factors(
+                gradient,
+                site.rank,
+                scaling=site.scaling,
+                weight=weight,
+                generator=generator,
+                **dataclasses.asdict(self),
+            )
