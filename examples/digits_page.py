@@ -37,7 +37,7 @@ def chart(names: Sequence[str], x: Sequence[float], lines: np.ndarray, xlabel: s
     places = np.exp(spread(np.log(lines[:, -1]), gap=0.055 * np.ptp(np.log(lines))))
     for name, y, place, (color, dashes, marker) in zip(names, lines, places, LINES, strict=True):
         axis.plot(x, y, color=color, linestyle=dashes, marker=marker, markersize=4.5, linewidth=1.4)
-        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 4}
+        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
         label = {"textcoords": axis.get_yaxis_transform(), "verticalalignment": "center", "arrowprops": leader}
         axis.annotate(name, (x[-1], y[-1]), (1.06, place), color=color, **label)
     low, high = axis.get_ylim()
@@ -117,22 +117,23 @@ PAGE = Template("""<!doctype html>
   svg { max-width: 100%; height: auto }
   svg text { font-family: system-ui, sans-serif !important }
   image { image-rendering: pixelated }
-  @media (max-width: 40rem) { th, td { padding-right: .6rem } table { font-size: .8rem } }
+  @media (max-width: 40rem) { th, td { padding-right: .5rem } table { font-size: .8rem } }
   code { font-size: .9em; overflow-wrap: anywhere }
 </style>
 
 <h1>Six LoRA starts on rotated digits</h1>
-<p>A small vision transformer was trained on upright digits (test accuracy $upright %), then adapted by LoRA
-  to the same digits turned by 90°, where it gets $rotated %. Six starts got the same data, steps and
-  learning rates. This is a toy: it shows how starts are compared, and that they leave the base as it is. It does not
-  tell which start is best for your model.</p>
+<p>A small vision transformer was trained on upright digits (test accuracy $upright%), then adapted by LoRA to the same
+  digits turned by 90°, of which it gets $rotated% right at first. Six starts got the same data, steps and learning
+  rates. This is a toy: it shows how starts are compared, and that they leave the base as it is. It does not tell which
+  start is best for your model.</p>
 <figure><figcaption>The two tasks:</figcaption>$pictures</figure>
 
 <h2>Result on the test split</h2>
 $results
-<p>On 360 test images, the standard error of a single accuracy is about $standard_error points: differences of that size are
-  noise. The last two columns put every start at $vanilla, the best rate of vanilla LoRA (kaiming). A start with BA ≠ 0
-  often wants a smaller rate than vanilla, so a comparison at a single rate measures the rate as much as the start.</p>
+<p>On 360 test images, the standard error of a single accuracy is about $standard_error points: differences of that
+  size are noise. The last two columns put every start at $vanilla, the best rate of vanilla LoRA (kaiming). A start
+  with BA ≠ 0 often wants a smaller rate than vanilla, so a comparison at a single rate measures the rate as much as
+  the start.</p>
 
 <h2>Loss on the validation split</h2>
 <div class="charts">
@@ -157,11 +158,11 @@ $results
 
 <h2>What lorainit promises, checked</h2>
 $checks
-<p>|sBA| / |W| is the size of the start relative to the weight, mean of the layers. Even so, the validation loss at
-  step 0 is that of the base, $base_loss, and the hash of the base's weights after training is that of
-  before. “Reloaded” is the adapter saved by <code>lorainit.save_pretrained</code> and loaded on a fresh base by
-  <code>peft.PeftModel.from_pretrained</code>, without lorainit: the largest difference of any test logit. A start with
-  BA ≠ 0 trains at rank r and is saved, exactly, at 2r.</p>
+<p>|sBA| / |W| is the size of the start relative to the weight, mean of the layers. “Step 0 − base”: even so, the
+  validation loss before the first step is that of the base, $base_loss. “Base kept”: the base's weights have the same
+  hash before starting and after training. “Reloaded − trained”: any test logit of the adapter saved by
+  <code>lorainit.save_pretrained</code> and loaded on a fresh base by <code>peft.PeftModel.from_pretrained</code>,
+  without lorainit. A start with BA ≠ 0 trains at rank r and is saved, exactly, at rank 2r.</p>
 
 <h2>Run it again</h2>
 <p><code>$command</code></p>

@@ -272,7 +272,7 @@ class Scripted(lorainit.Method):
 
     info = lorainit.MethodInfo(name="scripted", summary="for tests", paper="none", product="preserve")
 
-    def start(self, site: lorainit.LoraSite, generator: torch.Generator) -> lorainit.Factors:
+    def start(self, site: lorainit.LoraSite, generator: torch.Generator, *statistics: Any) -> lorainit.Factors:
         self.seen.append(site.name)
         if len(self.seen) == self.at + 1:
             return self.action(site)

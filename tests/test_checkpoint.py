@@ -25,6 +25,7 @@ import lorainit
 from cases import (
     BERT,
     CONV,
+    DTYPES,
     GPT2,
     LLAMA,
     TIED,
@@ -137,6 +138,7 @@ VARIANTS = {
     "all linear": (LLAMA, {"target_modules": "all-linear"}),
     "odd alpha": (LLAMA, {"lora_alpha": 7}),
     "head": (LLAMA, {"target_modules": ["q_proj", "lm_head"]}),
+    "trainable tokens": (LLAMA, {"trainable_token_indices": [1, 8]}),
     "invocation tokens": (LLAMA, {"alora_invocation_tokens": [3]}),
 }
 each_variant = pytest.mark.parametrize("case, config", VARIANTS.values(), ids=VARIANTS)
@@ -168,6 +170,30 @@ def test_peft_s_own_save_is_right_too_at_any_time(method, case, tmp_path):
         again = reloaded(case, tmp_path / name)
         assert relative_difference(logits(again, case.batch()), logits(model, case.batch())) <= 1e-5
         train(model, case.batches())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", ["pissa", "loram", "init-ab"])
+def test_a_pretrained_llama_starts_as_a_no_op_and_comes_back(method, dtype, shared, tmp_path):
+    def base():
+        path = shared / "models" / "llama-tinystories-260k"
+        return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype]).eval()
+
+    tokens = torch.arange(3, 67).reshape(2, 32)
+    batch = {"input_ids": tokens}
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.1)
+    model = get_peft_model(base(), config).eval()
+    expected = logits(base(), batch)
+    start(model, method, base="offset")
+    assert torch.equal(logits(model, batch), expected)
+    train(model, [batch | {"labels": tokens}])
+    lorainit.save_pretrained(model, tmp_path)
+    outputs = logits(model, batch)
+    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert relative_difference(logits(again, batch), outputs) <= 1e-5
+    assert relative_difference(outputs, expected) > 0.01
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), expected)
 
 
 def test_patterns_are_anchored_where_one_layer_s_name_is_the_end_of_another_s(tmp_path):
@@ -599,15 +625,22 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_and_changes_nothing(
     before.assert_unchanged(model, buffers_remade=True)
 
 
-@pytest.mark.parametrize("variant", ["dora", "bias", "trained head", "trained biases"])
-def test_a_load_that_fails_half_way_puts_back_more_than_the_factors(variant, tmp_path):
+@pytest.mark.parametrize("variant", ["dora", "bias", "trained head", "trained biases", "trainable tokens", "head"])
+def test_a_load_that_is_interrupted_puts_back_more_than_the_factors(variant, tmp_path, monkeypatch):
     case, config = VARIANTS[variant]
     trained(case, "pissa", **config).save_pretrained(tmp_path)
-    last = [key for key in load_file(tmp_path / WEIGHTS) if "lora_A" in key][-1]
-    resize(tmp_path, last)
     model = case.adapted(**config)
     before = Snapshot.of(model)
-    with pytest.raises(lorainit.LoraInitError, match="does not fit"):
+    really = lorainit.checkpoint.set_peft_model_state_dict
+
+    def interrupted(*args, **kwargs):
+        really(*args, **kwargs)
+        with pytest.raises(AssertionError):
+            before.assert_unchanged(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lorainit.checkpoint, "set_peft_model_state_dict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         lorainit.load(model, tmp_path)
     before.assert_unchanged(model)
 
@@ -879,12 +912,16 @@ def test_an_adapter_for_a_base_that_peft_edited_is_not_saved_as_one_for_the_orig
 
 
 class Experts(nn.Module):
+    """Two stacked weights on one module, which PEFT wraps one inside the other."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(2, 8, 6))
+        self.up = nn.Parameter(torch.randn(3, 8, 6))
+        self.down = nn.Parameter(torch.randn(3, 6, 8))
 
     def forward(self, x):
-        return torch.einsum("b...i,eio->b...o", x, self.weight)
+        hidden = torch.einsum("b...i,eio->be...o", x, self.up)
+        return torch.einsum("be...i,eio->b...o", torch.tanh(hidden), self.down)
 
 
 class Tokens(nn.Module):
@@ -893,22 +930,26 @@ class Tokens(nn.Module):
 
 
 def mixed(odd):
-    layers = {"experts": {"odd": Experts()}, "embedding": {"tokens": Tokens(), "odd": nn.Embedding(7, 6)}}[odd]
+    layers = {
+        "experts": {"odd": Experts()},
+        "embedding": {"tokens": Tokens(), "odd": nn.Embedding(7, 6)},
+        "grouped": {"odd": nn.Conv2d(4, 4, 3, groups=2)},
+    }[odd]
     base = Net(first=nn.Conv2d(3, 4, 3, padding=1), **layers, flat=nn.Flatten(), last=nn.LazyLinear(5)).eval()
     logits(base, CONV.batch())
     return base
 
 
-@pytest.mark.parametrize("target_last", [True, False])
-@pytest.mark.parametrize("odd", ["experts", "embedding"])
-def test_layers_that_were_left_alone_are_saved_and_loaded_with_the_others(odd, target_last, tmp_path):
+@pytest.mark.parametrize("targets", [["last"], ["first", "last"], []], ids=["one", "most", "none"])
+@pytest.mark.parametrize("odd", ["experts", "embedding", "grouped"])
+def test_layers_that_were_left_alone_are_saved_and_loaded_with_the_others(odd, targets, tmp_path):
     def base():
         with seeded():
             return mixed(odd)
 
-    targets = (["last"] if target_last else []) + ([] if odd == "experts" else ["odd"])
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=targets)
-    config.target_parameters = ["odd.weight"] if odd == "experts" else None
+    experts = {"target_parameters": ["odd.up", "down"]} if odd == "experts" else {}
+    targets = targets + ([] if experts else ["odd"])
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=targets, rank_pattern={"odd.up": 3}, **experts)
     with seeded(1):
         model = get_peft_model(base(), copy.deepcopy(config)).eval()
     with warnings.catch_warnings():

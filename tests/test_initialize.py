@@ -227,6 +227,39 @@ def test_the_global_generators_are_neither_read_nor_moved(method):
     assert_same_factors(factors(second), factors(first))
 
 
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+SETTINGS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "no grad": torch.no_grad,
+}
+
+
+@pytest.mark.parametrize("base", ["offset", "subtract"])
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@each_method
+def test_the_caller_s_precision_does_not_reach_the_start(method, setting, base):
+    if INFO[method].needs:
+        pytest.skip("runs the model, in the caller's precision")
+    inside, outside = LLAMA.adapted(), LLAMA.adapted()
+    with setting():
+        before = torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
+        start(inside, method, base=base)
+        assert (torch.get_default_dtype(), torch.is_autocast_enabled("cpu")) == before
+    start(outside, method, base=base)
+    assert_same_factors(factors(inside), factors(outside))
+    assert_same_tensors(base_tensors(inside), base_tensors(outside))
+
+
 @each_method
 def test_the_seed_decides_the_start_of_a_random_method_and_nothing_else_does(method):
     starts = {}

@@ -18,8 +18,10 @@ from lorainit.linalg import (
     frobenius_norm,
     product_mean,
     product_norm,
+    psd_eigh,
     randomized_svd,
     require_rank,
+    squared_singular_values,
     total,
     truncate_product,
 )

@@ -36,10 +36,11 @@ def test_the_rows_say_what_was_done_to_each_layer(method, case):
 def test_the_head_says_what_was_asked_for():
     model = LLAMA.adapted()
     model.add_adapter("other", LLAMA.lora_config())
-    report = start(model, lorainit.PiSSA(iterations=2), base="keep", adapter_name="other", seed=11)
+    method = lorainit.PiSSA(iterations=2)
+    report = start(model, method, base="keep", adapter_name="other", seed=11)
     assert (report.method, report.status, report.base) == ("pissa", "paper", "keep")
     assert (report.adapter_name, report.seed) == ("other", 11)
-    assert report.options == {"exact": False, "oversample": 10, "iterations": 2}
+    assert report.options == dataclasses.asdict(method)
     assert report.seconds > 0
     assert report.peak_bytes is None or report.peak_bytes >= 0
 

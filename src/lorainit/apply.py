@@ -112,7 +112,7 @@ def _check_start(site: LoraSite, A: Tensor, B: Tensor) -> None:
     if bias is not None and bool(bias.any()):
         raise LoraInitError(f"layer '{site.name}': lora_B has a trained bias; start from a fresh adapter")
     if site.adapter in site.layer.lora_magnitude_vector:
-        magnitude = site.layer.lora_magnitude_vector[site.adapter].weight.detach().flatten()
+        magnitude = site.layer.lora_magnitude_vector[site.adapter].get_parameter("weight").detach().flatten()
         norms = torch.linalg.vector_norm(site.weight(), dim=1)
         # PEFT computed it in the base's precision
         rounding = 8 * max(torch.finfo(t.dtype).eps for t in (site.stored_weight(), magnitude))

@@ -126,9 +126,9 @@ def save_pretrained(
     for name, layer in layers:
         ranks[pattern_name(name, layer)] = (layer.r[adapter_name], float(layer.scaling[adapter_name]))
         if adapter_name in layer.lora_A and not isinstance(layer, ParamWrapper):
-            modules = (layer.lora_A[adapter_name], layer.lora_B[adapter_name])
-            if _is_one_pair(*map(offset.trained_factor, modules), layer.r[adapter_name]):
-                pairs[_PREFIX + name] = offset.update_factors(*modules)
+            lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+            if _is_one_pair(offset.trained_factor(lora_A), offset.trained_factor(lora_B), layer.r[adapter_name]):
+                pairs[_PREFIX + name] = offset.update_factors(lora_A, lora_B)
     errors = dict.fromkeys((name for name, _ in layers), 0.0) | _write_pairs(pairs, rank, tensors, ranks)
     plain = _plain_config(config, ranks)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -163,6 +163,8 @@ def export(
     config, tensors = read_adapter(source)
     _check_plain(config, str(source))
     tensors = _adapter_tensors(tensors)
+    record = _read_provenance(Path(source))
+    offsets = record.get("offset_layers", ()) if record.get("form") == "training" else ()
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     ranks: dict[str, tuple[int, float]] = {}
     stems = list(dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key))
@@ -175,7 +177,7 @@ def export(
         if f"{stem}.lora_embedding_A" in tensors:
             ranks[name] = (r, scaling)
         elif _is_one_pair(a, b, r):
-            ranks[name], pairs[stem] = (r, scaling), (a, b)
+            ranks[name], pairs[stem] = (r, scaling), offset.saved_update_factors(a, b) if name in offsets else (a, b)
         else:
             names = _expert_names(config, name) or [name]
             ranks |= {each: _config_rank(config, each) for each in names}
@@ -184,7 +186,6 @@ def export(
                     f"{source}: layer '{name}' has rank {r} by its {CONFIG_NAME}, but lora_A of shape {tuple(a.shape)} "
                     f"and lora_B of shape {tuple(b.shape)}"
                 )
-    record = _read_provenance(Path(source))
     errors = dict.fromkeys((stem.removeprefix(_PREFIX) for stem in stems), 0.0)
     errors |= _write_pairs(pairs, rank, tensors, ranks)
     form = "exact" if rank is None else "truncated"
@@ -257,8 +258,9 @@ def merge(model: nn.Module, *, adapter_name: str = "default") -> nn.Module:
         others = [other for other in layer.merged_adapters if other != adapter_name]
         if others:
             raise LoraInitError(f"layer '{name}': adapter '{others[0]}' is merged into the base; unmerge it first")
-        if not all(bool(torch.isfinite(p).all()) for n, p in layer.named_parameters() if f".{adapter_name}." in n):
-            raise LoraInitError(f"adapter '{adapter_name}' cannot be merged: layer '{name}' holds NaN or infinity")
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name and f".{adapter_name}" in name and not torch.isfinite(parameter).all():
+            raise LoraInitError(f"adapter '{adapter_name}' cannot be merged: {name} holds NaN or infinity")
     users: Counter[int] = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for _, layer in layers:
         base = layer.get_base_layer()
@@ -266,7 +268,7 @@ def merge(model: nn.Module, *, adapter_name: str = "default") -> nn.Module:
         if isinstance(weight, nn.Parameter) and users[id(weight)] > 1:
             base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
             config = getattr(model, "config", None)
-            if getattr(config, "tie_word_embeddings", False):
+            if config is not None and getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False
     try:
         return model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
@@ -441,8 +443,9 @@ def _expert_names(config: LoraConfig, name: str) -> list[str]:
 
 def _config_rank(config: LoraConfig, name: str) -> tuple[int, float]:
     """Return the rank and the scaling that PEFT gives a layer under a config."""
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    r = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
     return r, alpha / (r**0.5 if config.use_rslora else r)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import re
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -192,15 +194,28 @@ def parse_bytes(amount: int | str | None) -> int | None:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
 
 
+@contextlib.contextmanager
+def _own_precision(device: torch.device) -> Iterator[None]:
+    """Compute in the precision that the method asks for: autocast and the default dtype are the caller's business."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def _start_layer(
     site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, statistics: LayerStatistics | None
 ) -> LayerReport:
     """Compute and write the start of one layer."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
-    start = start_layer(method, site, layer_generator(seed, site.name), statistics)
-    held = write_start(site, start, base, undo)
-    size = site.scaling * product_norm(*site.factors())
+    with _own_precision(site.device):
+        start = start_layer(method, site, layer_generator(seed, site.name), statistics)
+        held = write_start(site, start, base, undo)
+        size = site.scaling * product_norm(*site.factors())
     return LayerReport(
         name=site.name,
         kind=site.kind,
@@ -223,13 +238,13 @@ def _layer_warnings(site: LoraSite, size: float, weight_norm: float, base: Base)
     return ()
 
 
-def _left_alone(name: str, layer: nn.Module, adapter_name: str, reason: str) -> LayerReport:
+def _left_alone(name: str, layer: LoraLayer, adapter_name: str, reason: str) -> LayerReport:
     return LayerReport(
         name=name,
         kind="default",
-        shape=(int(layer.out_features or 0), int(layer.in_features or 0)),  # pyright: ignore[reportArgumentType, reportCallIssue]
-        rank=layer.r[adapter_name],  # pyright: ignore[reportIndexIssue]
-        scaling=float(layer.scaling[adapter_name]),  # pyright: ignore[reportIndexIssue]
+        shape=(int(layer.out_features or 0), int(layer.in_features or 0)),
+        rank=layer.r[adapter_name],
+        scaling=float(layer.scaling[adapter_name]),
         base="offset" if adapter_name in layer.lora_A and is_attached(layer.lora_A[adapter_name]) else "none",
         relative_size=None,
         seconds=0.0,

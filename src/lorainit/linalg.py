@@ -99,8 +99,8 @@ def psd_eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[T
         raise ValueError("the moment matrix holds NaN or infinite entries")
     try:
         values, vectors = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
-        values, vectors = (result.to(matrix.dtype) for result in torch.linalg.eigh(matrix.double()))
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        values, vectors = (result.to(matrix.dtype) for result in torch.linalg.eigh(to_double(matrix)))
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 

@@ -171,3 +171,9 @@ def update_factors(lora_A: nn.Module, lora_B: nn.Module) -> tuple[Tensor, Tensor
     """Return the factors (A', B') of the adapter's update of the *original* base: rank 2r for an offset pair."""
     a, b = (m.update_factor() if isinstance(m, OffsetFactor) else trained_factor(m) for m in (lora_A, lora_B))
     return a.detach(), b.detach()
+
+
+def saved_update_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `update_factors` of an offset pair from what its state dict holds, A' = [A; A₀] and B' = [B, −B₀]."""
+    (A, A0), (B, minus_B0) = a.chunk(2, dim=0), b.chunk(2, dim=1)
+    return torch.cat((A, A - A0), dim=0), torch.cat((B + minus_B0, -minus_B0), dim=1)

@@ -38,7 +38,11 @@ def test_matches_the_authors(case, exact):
 
 @pytest.mark.parametrize(
     ("direction", "of_A", "of_B"),
-    [("ArB2r", [0, 1, 2, 3], [4, 5, 6, 7]), ("A2rBr", [4, 5, 6, 7], [0, 1, 2, 3]), ("ArBr", [1, 3, 5, 7], [0, 2, 4, 6])],
+    [
+        ("ArB2r", [0, 1, 2, 3], [4, 5, 6, 7]),
+        ("A2rBr", [4, 5, 6, 7], [0, 1, 2, 3]),
+        ("ArBr", [1, 3, 5, 7], [0, 2, 4, 6]),
+    ],
 )
 def test_direction_says_which_triplets_go_where(direction, of_A, of_B):
     U, _, Vh = torch.linalg.svd(G, full_matrices=False)

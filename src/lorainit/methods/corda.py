@@ -9,7 +9,7 @@ import torch
 
 from .._typing import Float, Tensor
 from ..errors import LoraInitError
-from ..linalg import exact_svd, require_rank, squared_singular_values
+from ..linalg import exact_svd, require_rank, squared_singular_values, to_double
 from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
 from .activations import decompose, keep_alive, leading, mean_of, projection, require_choice, rounding
@@ -71,7 +71,7 @@ def factors(
     require_choice("mode", mode, Mode)
     require_rank(weight, rank)
     if mode == "kpm":  # in float32 the trailing components would drown in the rounding of the leading ones
-        product = context(weight.double(), input_second_moment, damping=damping)
+        product = context(to_double(weight), input_second_moment, damping=damping)
         svd = exact_svd(product, rank, smallest=True)
     else:
         product = context(weight, input_second_moment, damping=damping)

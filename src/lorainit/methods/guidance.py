@@ -146,7 +146,7 @@ class Guidance:
         Inputs up to ``dense_up_to``, or too small beside the rank for a search in a subspace, are decomposed as a
         dense matrix, and so is anything on which the search does not converge.
         """
-        if len(start) > max(dense_up_to, 16 * rank):
+        if len(start) > max(dense_up_to, 16 * (rank + 4)):
             # the largest eigenvalue of Z_λ⁻¹ is at most 1/λ_z, and Δ̂ has norm 1
             largest = (self.variance + self.noise) / max(self.curvature.cholesky.damping, 1e-30)
             precondition = self.precondition if largest else None

@@ -171,12 +171,13 @@ def _with_damping(
 
 def _scaled(A: Tensor, B: Tensor, options: Options, dtype: torch.dtype) -> Factors:
     """Return A₀ᵀ/√γ and B₀ᵀ/√γ, balanced or with B = 0 where that was asked for."""
-    root = math.sqrt(options.gamma)
-    A, B = A / root, torch.zeros_like(B) if options.zero_b else B / root
     if options.balance:
         svd = canonical_signs(SVD(*torch.linalg.svd(B, full_matrices=False)))
         A, B = svd.S.sqrt()[:, None] * (svd.Vh @ A), svd.U * svd.S.sqrt()
-    return Factors(A.to(dtype).contiguous(), B.to(dtype).contiguous())
+    if options.zero_b:
+        B = torch.zeros_like(B)
+    root = math.sqrt(options.gamma)
+    return Factors((A / root).to(dtype).contiguous(), (B / root).to(dtype).contiguous())
 
 
 @dataclasses.dataclass(frozen=True)

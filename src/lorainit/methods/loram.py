@@ -144,7 +144,9 @@ def basis_pair(
         normal = torch.randn(size, rank, generator=generator, device=generator.device, dtype=torch.float64)
         return torch.linalg.qr(normal).Q if basis == "orthogonal" else normal / math.sqrt(size)
 
-    return Factors(columns(in_features).mT, columns(out_features))
+    right = columns(in_features)
+    shared = basis == "dst" and in_features == out_features
+    return Factors(right.mT, right if shared else columns(out_features))
 
 
 def factors(
