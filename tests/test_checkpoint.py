@@ -608,13 +608,21 @@ WRONG_LOADS = {
 }
 
 
-@pytest.mark.parametrize("started", [False, True], ids=["fresh", "started"])
-@pytest.mark.parametrize("method", ["pissa", "kaiming"])
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """What PEFT saves of a LLaMA in training, by method."""
+    folders = {method: tmp_path_factory.mktemp(method) for method in ("pissa", "kaiming")}
+    for method, path in folders.items():
+        trained(LLAMA, method).save_pretrained(path)
+    return folders
+
+
+@pytest.mark.parametrize("method, started", [("pissa", False), ("pissa", True), ("kaiming", True)])
 @pytest.mark.parametrize("spoil, config, message", WRONG_LOADS.values(), ids=WRONG_LOADS)
 def test_a_checkpoint_that_does_not_fit_is_an_error_and_changes_nothing(
-    spoil, config, message, method, started, tmp_path
+    spoil, config, message, method, started, checkpoints, tmp_path
 ):
-    trained(LLAMA, method).save_pretrained(tmp_path)
+    shutil.copytree(checkpoints[method], tmp_path, dirs_exist_ok=True)
     spoil(tmp_path)
     model = LLAMA.adapted(**config)
     if started:
@@ -802,8 +810,8 @@ each_broken = pytest.mark.parametrize("spoil, message", BROKEN_FOLDERS.values(),
 
 
 @each_broken
-def test_a_broken_folder_is_an_error_that_names_the_file(spoil, message, tmp_path):
-    trained(LLAMA).save_pretrained(tmp_path / "in")
+def test_a_broken_folder_is_an_error_that_names_the_file(spoil, message, checkpoints, tmp_path):
+    shutil.copytree(checkpoints["pissa"], tmp_path / "in")
     spoil(tmp_path / "in")
     with pytest.raises(lorainit.LoraInitError, match=message):
         read_adapter(tmp_path / "in")
@@ -830,8 +838,8 @@ UNEXPORTABLE = {
 
 
 @pytest.mark.parametrize("spoil, message", UNEXPORTABLE.values(), ids=UNEXPORTABLE)
-def test_what_cannot_be_exported_rightly_is_an_error(spoil, message, tmp_path):
-    trained(LLAMA).save_pretrained(tmp_path / "in")
+def test_what_cannot_be_exported_rightly_is_an_error(spoil, message, checkpoints, tmp_path):
+    shutil.copytree(checkpoints["pissa"], tmp_path / "in")
     spoil(tmp_path / "in")
     with pytest.raises(lorainit.LoraInitError, match=message):
         lorainit.export(tmp_path / "in", tmp_path / "out")

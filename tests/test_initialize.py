@@ -99,7 +99,7 @@ def test_the_start_changes_neither_the_function_nor_the_base(method, case, dtype
 def test_adapters_in_half_precision_cancel_to_the_last_bit_as_well(method, case):
     batch = case.batch(torch.bfloat16)
     model = case.adapted(torch.bfloat16, autocast=False)
-    start(model, method)
+    start(model, method, data=case.batches(torch.bfloat16))
     assert all(A.dtype == torch.bfloat16 for A, _ in factors(model).values())
     assert torch.equal(logits(model, batch), logits(case.base(torch.bfloat16), batch))
 
@@ -244,18 +244,17 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("base", ["offset", "subtract"])
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 @each_method
-def test_the_caller_s_precision_does_not_reach_the_start(method, setting, base):
+def test_the_caller_s_precision_does_not_reach_the_start(method, setting):
     if INFO[method].needs:
         pytest.skip("runs the model, in the caller's precision")
     inside, outside = LLAMA.adapted(), LLAMA.adapted()
     with setting():
         before = torch.get_default_dtype(), torch.is_autocast_enabled("cpu")
-        start(inside, method, base=base)
+        start(inside, method, base="subtract")  # the most arithmetic
         assert (torch.get_default_dtype(), torch.is_autocast_enabled("cpu")) == before
-    start(outside, method, base=base)
+    start(outside, method, base="subtract")
     assert_same_factors(factors(inside), factors(outside))
     assert_same_tensors(base_tensors(inside), base_tensors(outside))
 
@@ -318,14 +317,12 @@ def test_all_routes_to_a_lora_model_get_the_same_start(method):
 # --- starting again, and beside others ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["untrained", "trained"])
 @pytest.mark.parametrize("first", METHODS)
 @pytest.mark.parametrize("second", ["kaiming", "pissa"])
-def test_a_second_start_takes_the_place_of_the_first(first, second, trained):
+def test_a_second_start_takes_the_place_of_the_first(first, second):
     model, fresh = LLAMA.adapted(), LLAMA.adapted()
     start(model, first, data=LLAMA.batches())
-    if trained:
-        train(model, LLAMA.batches())
+    train(model, LLAMA.batches())
     start(model, second)
     start(fresh, second)
     assert_same_factors(factors(model), factors(fresh))
@@ -440,7 +437,7 @@ def test_an_optimizer_that_was_made_before_the_start_trains_it(method):
             return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
 
         made_early = optimizer() if early else None
-        start(model, method)
+        start(model, method, data=LLAMA.batches())
         train(model, LLAMA.batches(), optimizer=made_early or optimizer())
         trajectories.append(factors(model))
     assert_same_factors(*trajectories)
@@ -473,7 +470,7 @@ def test_copies_of_a_started_model_are_equal_and_train_on_their_own(case, base, 
 @each_preserving
 def test_the_state_dict_of_a_started_model_comes_back_to_the_last_bit(method):
     model, other = LLAMA.adapted(), LLAMA.adapted()
-    start(model, method)
+    start(model, method, data=LLAMA.batches())
     train(model, LLAMA.batches())
     start(other, "loram", seed=9)  # another offset: the state dict brings its own
     other.load_state_dict(model.state_dict())
@@ -517,7 +514,7 @@ def test_a_compiled_started_model_computes_and_trains_the_same():
 def test_merging_into_the_base_and_out_of_it_again(method, case):
     model = case.adapted(target_modules=[name for name in case.targets if name != "lm_head"])
     before, batch = base_tensors(model), case.batch()
-    start(model, method)
+    start(model, method, data=case.batches())
     model.merge_adapter()
     assert_same_tensors(base_tensors(model), before)  # nothing to merge at step 0
     model.unmerge_adapter()

@@ -19,7 +19,6 @@ KINDS = {
     "tied": {"linear"},
     "gpt2": {"conv1d"},
     "conv": {"conv", "linear"},
-    "bert": {"linear"},
     "vit": {"conv", "linear"},
 }
 

@@ -51,6 +51,17 @@ def test_singular_matrix_is_damped_just_above_rounding(dtype, rank):
     assert float((M @ solved + found.damping * solved - M[:, :1]).norm() / M[:, :1].norm()) < 1e4 * eps
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-6])
+def test_solutions_in_float32_are_right_for_the_damping_that_is_reported(damping):
+    """With fewer tokens than inputs, LAPACK takes λ = 1e-6 in float32 and gives finite garbage."""
+    x, right = normal(300, 512), normal(512, 2)
+    M = x.mT @ x / 300
+    found = damped_cholesky(M.float(), damping)
+    assert found.retries > 0
+    exact = torch.linalg.solve(M + found.damping * torch.eye(512, dtype=torch.float64), right)
+    assert_close(found.solve(right.float()).double(), exact, rtol=0, atol=0.05 * float(exact.abs().max()))
+
+
 def test_retries_multiply_by_ten():
     x = normal(20, 40)
     found = damped_cholesky(x.mT @ x / 20, 1e-17)

@@ -373,8 +373,9 @@ def _is_stack(a: Tensor, b: Tensor, rank: int) -> bool:
     """Say whether two factors are several pairs: 3-D experts (rank·experts on both), or a grouped convolution's."""
     if min(a.numel(), b.numel()) == 0:
         return False
-    experts = a.shape[0] == b.shape[1] and a.shape[0] % rank == 0
-    return rank % b.shape[1] == 0 and a.shape[0] == rank if a.dim() > 2 else experts
+    if a.dim() > 2:
+        return a.shape[0] == rank and rank % b.shape[1] == 0
+    return a.shape[0] == b.shape[1] and a.shape[0] % rank == 0
 
 
 def _write_pairs(

@@ -71,48 +71,12 @@ def list_methods(json_output: bool = False) -> None:
     Console().print(table)
 
 
-def init(
-    model: str,
-    output: str,
-    method: str = "kaiming",
-    method_options: dict[str, Any] | None = None,
-    base: str = "auto",
-    lora: dict[str, Any] | None = None,
-    task: str = "text",
-    dtype: str = "float32",
-    seed: int = 0,
-) -> None:
-    """Start a fresh adapter and save it, ready for training.
+def init(**recipe: Any) -> None:
+    """Start a fresh adapter and save it; `lorainit train --start FOLDER` or `lorainit.load` train it from there."""
+    from .training import Recipe, start
 
-    The folder holds a plain adapter that PEFT loads; ``lorainit.load(model, folder)`` or ``lorainit train --start
-    folder`` train it from there.
-
-    Args:
-        model: hub name, local folder, or package:NAME/FOLDER.
-        output: folder to write.
-        method: how the adapter starts.
-        method_options: the method's options.
-        base: auto, offset, keep or subtract.
-        lora: fields of peft.LoraConfig.
-        task: decides the model class and head.
-        dtype: of the base weights.
-        seed: of the head and the start.
-    """
-    from transformers import set_seed
-
-    from .initialize import initialize
-    from .tasks import get_task
-    from .training import add_lora, load_base
-
-    chosen = methods.get_method(method, **(method_options or {}))
-    if base == "subtract":
-        raise LoraInitError("base='subtract' edits the base weights, which an adapter folder cannot hold")
-    set_seed(seed)
-    network, _, fresh = load_base(model, get_task(task), dtype)
-    wrapped = add_lora(network, get_task(task), lora or {}, fresh)
-    print(initialize(wrapped, chosen, seed=seed, base=base))  # pyright: ignore[reportArgumentType]
-    wrapped.save_pretrained(output)
-    print(f"saved to {output}")
+    print(start(Recipe(**recipe)))
+    print(f"saved to {recipe['output']}")
 
 
 def train(**recipe: Any) -> None:
@@ -168,8 +132,11 @@ def _add_methods(parser: Any) -> None:
 
 
 def _add_init(parser: Any) -> None:
-    parser.add_argument("--config", action="config", help="YAML file with these options")
-    parser.add_function_arguments(init, as_group=False)
+    from .training import Recipe
+
+    parser.add_argument("--config", action="config", help="recipe: a YAML file; later options override it")
+    parser.add_class_arguments(Recipe, as_group=False, skip={"train", "start", "resume"})
+    parser.set_defaults({"task": "text"})
 
 
 def _add_train(parser: Any) -> None:

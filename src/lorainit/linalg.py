@@ -100,7 +100,7 @@ def psd_eigh(matrix: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[T
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        values, vectors = (result.to(matrix.dtype) for result in torch.linalg.eigh(to_double(matrix)))
+        values, vectors = (result.to(matrix) for result in torch.linalg.eigh(to_double(matrix)))
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 

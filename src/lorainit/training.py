@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from . import checkpoint, provenance
 from .cost import measure
 from .errors import LoraInitError, NonFiniteError
 from .initialize import initialize
-from .methods import get_method
+from .methods import Method, get_method
+from .report import InitReport
 from .tasks import DataOptions, Task, fingerprint, get_task
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LORA_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -42,6 +45,21 @@ TRAIN_DEFAULTS["warmup_ratio" if hasattr(TrainingArguments, "warmup_ratio") else
 
 
 @dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Which rows a data-driven start sees: the first of the training rows, unshuffled.
+
+    Attributes:
+        samples: number of rows.
+        batch_size: rows a batch; it does not change the start.
+        memory_budget: memory that the statistics may take at a time, e.g. ``4GiB``; default: all at once.
+    """
+
+    samples: int = 256
+    batch_size: int = 8
+    memory_budget: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """Everything that decides a run.
 
@@ -54,6 +72,7 @@ class Recipe:
         start: folder made by ``lorainit init`` to take the start from, instead of computing it.
         lora: fields of `peft.LoraConfig` (default r 8, lora_alpha 16, all linear layers).
         data: which rows are used.
+        calibration: which of the training rows a data-driven start sees.
         train: fields of `transformers.TrainingArguments`.
         dtype: of the base weights.
         seed: of the head, the data order, dropout and the start.
@@ -69,6 +88,7 @@ class Recipe:
     start: str | None = None
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: str = "float32"
     seed: int = 0
@@ -97,7 +117,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         if recipe.start is not None:
             report = checkpoint.load(model, recipe.start)
         else:
-            report = initialize(model, method, seed=recipe.seed, base=recipe.base)  # pyright: ignore[reportArgumentType]
+            report = _start(model, method, recipe, train_set, task.collator(tokenizer))
 
     trainer = FiniteTrainer(
         model=model,
@@ -132,6 +152,46 @@ def train(recipe: Recipe) -> dict[str, Any]:
     }
     _write_result(output / "result.json", result)
     return result
+
+
+def start(recipe: Recipe) -> InitReport:
+    """Carry out a recipe up to the start and save the started adapter to ``<output>``, ready for training.
+
+    The data are only read if the method needs them. The folder is a plain adapter that PEFT loads; `lorainit.load` and
+    the recipe field ``start`` train it from there.
+
+    Raises:
+        LoraInitError: anything wrong in the recipe.
+    """
+    task = get_task(recipe.task)
+    method = get_method(recipe.method, **recipe.method_options)
+    if recipe.base == "subtract":
+        raise LoraInitError("base='subtract' edits the base weights, which an adapter folder cannot hold")
+    set_seed(recipe.seed)
+    model, tokenizer, fresh = load_base(recipe.model, task, recipe.dtype)
+    rows = None
+    if method.request is not None:
+        rows = task.encode(task.load_data(recipe.data, recipe.seed)[0], tokenizer, recipe.data.max_length)
+    model = add_lora(model, task, recipe.lora, fresh)
+    report = _start(model, method, recipe, rows, task.collator(tokenizer))
+    model.save_pretrained(recipe.output)
+    return report
+
+
+def _start(model: PeftModel, method: Method, recipe: Recipe, rows: Dataset | None, collator: Any) -> InitReport:
+    """Start the adapter, on the calibration rows if there are any."""
+    data = None
+    if rows is not None:
+        chosen = rows.select(range(min(recipe.calibration.samples, len(rows))))
+        data = DataLoader(chosen, batch_size=recipe.calibration.batch_size, collate_fn=collator)  # pyright: ignore
+    return initialize(
+        model,
+        method,
+        data=data,
+        seed=recipe.seed,
+        base=recipe.base,  # pyright: ignore[reportArgumentType]
+        memory_budget=recipe.calibration.memory_budget,
+    )
 
 
 def evaluate(

@@ -32,6 +32,8 @@ SWITCHES = {  # the authors' names of what `Options` has under others
     "delta_normalization_power": "normalization",
     "delta_normalization_reference": "reference",
 }
+WIDE = {"dense_up_to": 0, "double_up_to": 0}
+sizes = pytest.mark.parametrize("size", [{}, WIDE], ids=["as-small-layers", "as-wide-layers"])
 ALGORITHM1 = Options(damping=0.0, normalization=0.0, gamma=1.0)  # the paper's text, without the constants of its code
 
 
@@ -70,9 +72,8 @@ def omega(G, Z, y, N, *, rho=0.1, beta=1.0, T=1.0) -> tuple[Tensor, Tensor]:
 # --- the authors' values ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dense_up_to", [2048, 0], ids=["float64", "as-wide-layers"])
 @pytest.mark.parametrize("case", golden.cases("lora_da_layer"))
-def test_matches_the_authors_from_given_statistics(case, dense_up_to):
+def test_matches_the_authors_from_given_statistics(case):
     tensors, rank, tolerances = case.tensors, case.options["r"], case.tolerances
     found = solve(
         tensors["weight_grad"],
@@ -82,7 +83,6 @@ def test_matches_the_authors_from_given_statistics(case, dense_up_to):
         official(case.options),
         num_samples=case.options["population_size"],
         sequence_gradients=tensors.get("sequence_gradients"),
-        dense_up_to=dense_up_to,
     )
     A, B = found.factors
     expected = tensors["lora_A"], tensors["lora_B"]
@@ -90,10 +90,9 @@ def test_matches_the_authors_from_given_statistics(case, dense_up_to):
     assert golden.product(A, B, *expected) <= tolerances["product (published)"]
     assert golden.vectors(A, expected[0]) <= tolerances["vectors (published lora_A, lora_B)"]
     assert golden.vectors(B.mT, expected[1].mT) <= tolerances["vectors (published lora_A, lora_B)"]
-    wide = "subspace / product (ref64), float32 solver"
     exact = tensors["ref64_lora_A"], tensors["ref64_lora_B"]
-    assert golden.subspace(A, exact[0]) <= tolerances[wide if not dense_up_to else "subspace (ref64), float64 solver"]
-    assert golden.product(A, B, *exact) <= tolerances[wide if not dense_up_to else "product (ref64), float64 solver"]
+    assert golden.subspace(A, exact[0]) <= tolerances["subspace (ref64), float64 solver"]
+    assert golden.product(A, B, *exact) <= tolerances["product (ref64), float64 solver"]
     eigenvalues = tensors["ref64_eigenvalues"]
     gap = (found.eigenvalues - eigenvalues[:rank]).abs().max() / eigenvalues.abs().max()
     assert float(gap) <= tolerances["eigenvalues, max abs / max |eigenvalue|"]
@@ -434,7 +433,7 @@ def test_search_finds_what_a_dense_decomposition_finds(options, dtype, monkeypat
     extra = {"num_samples": 100, "calibration_samples": 64, "halves": (G + noise, G - noise)}
     dense = solve(G, Z, y, 4, options, **extra)
     monkeypatch.setattr(guidance, "dense_eigenpairs", None)  # no way back
-    wide = solve(*(x.to(dtype) for x in (G, Z, y)), 4, options, dense_up_to=0, **extra)
+    wide = solve(*(x.to(dtype) for x in (G, Z, y)), 4, options, **WIDE, **extra)
     tolerance = 1e-6 if dtype == torch.float64 else 5e-3
     assert golden.subspace(wide.factors.A, dense.factors.A) <= tolerance
     assert golden.product(*wide.factors, *dense.factors) <= tolerance
@@ -448,24 +447,24 @@ def test_search_that_does_not_converge_gives_way_to_a_dense_decomposition(monkey
     stuck = guidance.smallest_eigenpairs
     monkeypatch.setattr(guidance, "smallest_eigenpairs", lambda *a, **k: stuck(*a, **k | {"iterations": 0}))
     options = Options(variance_weight=30.0)
-    found, expected = (solve(G, Z, y, 4, options, num_samples=100, dense_up_to=limit) for limit in (0, 2048))
+    found, expected = (solve(G, Z, y, 4, options, num_samples=100, **size) for size in (WIDE, {}))
     assert_close(found.factors, expected.factors, rtol=0, atol=1e-8)
 
 
 def test_result_does_not_depend_on_the_generator():
     G, Z, y = layer(90, 240)
     runs = [
-        lora_da.factors(G, Z, y, 4, num_samples=100, dense_up_to=0, generator=torch.Generator().manual_seed(seed))
+        lora_da.factors(G, Z, y, 4, num_samples=100, **WIDE, generator=torch.Generator().manual_seed(seed))
         for seed in (0, 1)
     ]
     assert_close(*runs, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize(("out", "n", "rank"), [(1, 40, 1), (40, 1, 1), (3, 40, 3), (40, 3, 3), (8, 8, 8)], ids=str)
-@pytest.mark.parametrize("dense_up_to", [0, 2048])
-def test_small_shapes_and_full_ranks_have_a_start(out, n, rank, dense_up_to):
+@sizes
+def test_small_shapes_and_full_ranks_have_a_start(out, n, rank, size):
     G, Z, y = normal(out, n), moment(n), torch.ones(out, dtype=torch.float64)
-    A, B = lora_da.factors(G, Z, y, rank, num_samples=100, dense_up_to=dense_up_to, gamma=1.0)
+    A, B = lora_da.factors(G, Z, y, rank, num_samples=100, **size, gamma=1.0)
     assert (A.shape, B.shape) == ((rank, n), (out, rank))
     assert_close(A @ A.mT, eye(rank), rtol=0, atol=1e-9)
 
@@ -479,8 +478,8 @@ def few_tokens(n: int, tokens: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("dense_up_to", [0, 2048])
-def test_singular_moment_is_damped_as_much_as_it_takes_and_says_so(dtype, dense_up_to):
+@sizes
+def test_singular_moment_is_damped_as_much_as_it_takes_and_says_so(dtype, size):
     G, Z = normal(30, 200) @ few_tokens(200, 60), few_tokens(200, 60)
     found = solve(
         G.to(dtype),
@@ -489,7 +488,7 @@ def test_singular_moment_is_damped_as_much_as_it_takes_and_says_so(dtype, dense_
         4,
         Options(damping=0.0, output_damping=0.1),
         num_samples=100,
-        dense_up_to=dense_up_to,
+        **size,
     )
     assert found.retries > 0
     assert 0 < found.damping < 1e-2
@@ -497,14 +496,13 @@ def test_singular_moment_is_damped_as_much_as_it_takes_and_says_so(dtype, dense_
     assert_close(A @ A.mT, torch.eye(4, dtype=dtype), rtol=0, atol=1e-4)
 
 
-def test_too_little_damping_in_float32_is_raised_and_not_finite_garbage():
-    """The published λ = 1e-6 drowns in float32: without a check the solution is 10⁷ times too large, and finite."""
-    Z, G = few_tokens(512, 300), normal(64, 512)
-    y = torch.ones(64)
-    found = solve(G.float(), Z.float(), y, 4, Options(mode="official"), num_samples=10**5, dense_up_to=0)
-    assert found.retries > 0
-    exact = -torch.linalg.solve(Z + found.damping * eye(512), G.mT) / (1 + found.output_damping)
-    assert found.sigma == pytest.approx(float(torch.linalg.matrix_norm(exact, 2)), rel=0.1)
+def test_little_damping_of_a_wide_singular_moment_is_solved_in_float64():
+    """The published λ = 1e-6 drowns in float32's rounding: solutions would be 10⁷ times too large, and finite."""
+    Z, G, y = few_tokens(512, 300).float(), normal(64, 512).float(), torch.ones(64)
+    found = solve(G, Z, y, 4, Options(mode="official"), num_samples=10**5, **WIDE)
+    exact = -torch.linalg.solve(Z.double() + 1e-6 * eye(512), G.mT.double()) / (1 + 1e-6)
+    assert found.sigma == pytest.approx(float(torch.linalg.matrix_norm(exact, 2)), rel=1e-6)
+    assert (found.damping, found.retries) == (1e-6, 0)
 
 
 def test_dead_output_units_need_damping():
@@ -516,12 +514,12 @@ def test_dead_output_units_need_damping():
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-12, 1e12])
-@pytest.mark.parametrize("dense_up_to", [0, 2048])
-def test_tiny_and_huge_gradients_have_the_same_start_in_float32(scale, dense_up_to):
+@sizes
+def test_tiny_and_huge_gradients_have_the_same_start_in_float32(scale, size):
     G, Z, y = (x.float() for x in layer(40, 120))
     # y is a square, and as a float32 it would be zero here: kept in float64
     expected = lora_da.factors(G, Z, y, 4, num_samples=100)
-    found = lora_da.factors(G * scale, Z, y, 4, num_samples=100, dense_up_to=dense_up_to, variance_weight=0.0)
+    found = lora_da.factors(G * scale, Z, y, 4, num_samples=100, **size, variance_weight=0.0)
     plain = lora_da.factors(G, Z, y, 4, num_samples=100, variance_weight=0.0)
     assert golden.subspace(found.A, plain.A) <= 1e-3
     assert bool(expected.A.isfinite().all())

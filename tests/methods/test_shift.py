@@ -14,7 +14,7 @@ import torch
 from inputs import damped, inputs, known, power, second_moment
 from lorainit.methods.cntlora import delta
 from lorainit.methods.shift import Constraint
-from matrices import normal, orthonormal
+from matrices import normal, orthonormal, with_spectrum
 
 M, N = 14, 10
 X = inputs(300, N)
@@ -30,12 +30,16 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10
 # --- P6: the constraints hold -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [6, N, M])
+@pytest.mark.parametrize(
+    "W",
+    [normal(6, N), normal(N, N), normal(M, N), with_spectrum(M, N, [3.0, 2.0, 1.0])],
+    ids=["wide", "square", "tall", "low"],
+)
 @pytest.mark.parametrize("damping", [0.0, 1e-2])
 @moments
 @pytest.mark.parametrize("constraint", ["F1", "F4"])
-def test_output_moment_is_that_of_white_inputs_of_the_same_power(m, damping, moment, constraint):
-    W, C = normal(m, N), second_moment(X)
+def test_output_moment_is_that_of_white_inputs_of_the_same_power(W, damping, moment, constraint):
+    C = second_moment(X)
     moved = W + delta(W, C, constraint=constraint, damping=damping, moment=moment, input_mean=X.mean(0))
     used = damped(C if moment == "second" else torch.cov(X.mT, correction=0), damping)
     close(moved @ used @ moved.mT, used.diagonal().mean() * W @ W.mT)
@@ -79,11 +83,13 @@ def test_transport_is_the_textbooks_and_moves_the_inputs_least():
 
 @pytest.mark.parametrize("damping", [0.0, 1e-2, 1.0])
 @pytest.mark.parametrize("paired", [True, False])
-def test_paired_outputs_are_the_ridge_regression(damping, paired):
-    W, C = normal(M, N), second_moment(X)
-    cross = second_moment(PROXY, X) if paired else torch.zeros(N, N, dtype=torch.float64)
-    options = {"cross_second_moment": cross} if paired else {}
-    change = delta(W, C, constraint="F2", damping=damping, **options)
+@moments
+def test_paired_outputs_are_the_ridge_regression(damping, paired, moment):
+    x, proxy = (X, PROXY) if moment == "second" else (X - X.mean(0), PROXY - PROXY.mean(0))
+    W, C = normal(M, N), second_moment(x)
+    cross = second_moment(proxy, x) if paired else torch.zeros(N, N, dtype=torch.float64)
+    given = known(X, PROXY) if paired else {"input_mean": X.mean(0)}
+    change = delta(W, second_moment(X), constraint="F2", damping=damping, moment=moment, **given)
     close((W + change) @ C - W @ cross + damping * C.diagonal().mean() * change, torch.zeros(M, N))
 
 

@@ -71,14 +71,14 @@ def factors(
     require_choice("mode", mode, Mode)
     require_rank(weight, rank)
     if mode == "kpm":  # in float32 the trailing components would drown in the rounding of the leading ones
-        product = context(to_double(weight), input_second_moment, damping=damping)
+        product = context(to_double(weight), to_double(input_second_moment), damping=damping)
         svd = exact_svd(product, rank, smallest=True)
     else:
         product = context(weight, input_second_moment, damping=damping)
         svd = decompose(product, rank, exact=exact, generator=generator)
     svd = leading(svd, rounding(product) * float(product.norm()))
-    start = keep_alive(projection(weight.to(product.dtype), svd, scaling), rank, generator)
-    return Factors(*(factor.to(weight.dtype) for factor in start))
+    start = keep_alive(projection(weight.to(product), svd, scaling), rank, generator)
+    return Factors(*(factor.to(weight) for factor in start))
 
 
 def energies(

@@ -53,9 +53,9 @@ class Curvature(NamedTuple):
 def curvature(
     input_second_moment: Float[Tensor, "in in"],
     output_gradient_second_moment: Float[Tensor, " out"],
-    *,
     input_damping: float,
     output_damping: float,
+    *,
     tokens_per_sample: float = 1.0,
     sequence_gradients: Float[Tensor, "n out"] | None = None,
 ) -> Curvature:

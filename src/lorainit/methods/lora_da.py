@@ -65,7 +65,8 @@ def solve(
     halves: tuple[Tensor, Tensor] | None = None,
     sequence_gradients: Float[Tensor, "n out"] | None = None,
     generator: torch.Generator | None = None,
-    dense_up_to: int = 2048,
+    dense_up_to: int = 512,
+    double_up_to: int = 2048,
 ) -> Solution:
     """Return LoRA-DA's start of one layer from its statistics.
 
@@ -83,8 +84,9 @@ def solve(
         sequence_gradients: the authors' switch for a full output factor, see `curvature`.
         generator: source of the search's start (default: a fresh one with seed 0); the result depends on it no further
             than the solver's tolerance.
-        dense_up_to: inputs up to here are solved as dense matrices in float64, wider ones in the dtype of Z, at least
-            float32, from products alone.
+        dense_up_to: with that many inputs or fewer the eigenvectors come from a dense Ω, else from products alone.
+        double_up_to: wider inputs are solved in the dtype of Z, at least float32, if λ_z is at least mean(diag Z)/1000;
+            else in float64.
 
     Raises:
         NonFiniteError: NaN or infinity in a statistic.
@@ -98,22 +100,16 @@ def solve(
     require_signal("weight gradient", gradient)
     require_signal("second moment of the inputs", input_second_moment)
     require_signal("second moment of the output gradients", output_gradient_second_moment)
-    dtype = torch.float64
-    if len(input_second_moment) > dense_up_to or gradient.device.type == "mps":
-        dtype = torch.promote_types(input_second_moment.dtype, torch.float32)
-    G, Z, y = (x.to(dtype) for x in (gradient, input_second_moment, output_gradient_second_moment))
+    Z, y = input_second_moment, output_gradient_second_moment
     T = tokens_per_sample if options.mode == "consistent" else 1.0
     if halves is not None and options.damping == "auto":
         options = _with_damping(options, halves, Z, y, rank, num_samples=num_samples, tokens_per_sample=T)
-    input_damping, output_damping = options.dampings(Z, y)
-    curved = curvature(
-        Z,
-        y,
-        input_damping=input_damping,
-        output_damping=output_damping,
-        tokens_per_sample=T,
-        sequence_gradients=sequence_gradients,
-    )
+    dampings = options.dampings(Z, y)
+    safe = dampings[0] >= 1e-3 * float(Z.diagonal().mean())
+    narrow = gradient.device.type == "mps" or (safe and len(Z) > double_up_to)
+    dtype = torch.promote_types(Z.dtype, torch.float32) if narrow else torch.float64
+    G, Z, y = gradient.to(dtype), Z.to(dtype), y.to(dtype)
+    curved = curvature(Z, y, *dampings, tokens_per_sample=T, sequence_gradients=sequence_gradients)
     delta = curved.displacement(G)
     generator = generator or torch.Generator().manual_seed(0)
     left = randomized_svd(delta, min(2 * rank, *delta.shape), generator=generator).U
@@ -146,7 +142,7 @@ def solve(
         eigenvalues=found.values,
         sigma=sigma,
         damping=curved.cholesky.damping,
-        output_damping=output_damping,
+        output_damping=curved.output_damping,
         retries=curved.cholesky.retries,
         residual=found.residual,
         variance_to_bias=ratio,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -62,14 +62,14 @@ class Method(abc.ABC):
         return Request(self.streams) if self.streams else None
 
     @abc.abstractmethod
-    def start(self, site: LoraSite, generator: torch.Generator, *statistics: LayerStatistics) -> Factors:
-        """Return the start of one layer.
+    def start(self, *args: Any, **kwargs: Any) -> Factors:
+        """Return the start of one layer: ``start(site, generator)``, or ``start(site, generator, statistics)``.
 
         Args:
-            site: the layer; its weight as out×in, rank and scaling.
-            generator: a CPU generator of this layer's own, seeded from the run's seed and the layer's name.
-            statistics: what was collected for this layer, one argument, if the method has a `request`; a data-free
-                method takes none.
+            args: the `LoraSite` (its weight as out×in, rank and scaling); a CPU generator of this layer's own, seeded
+                from the run's seed and the layer's name; and, only if the method has a `request`, the `LayerStatistics`
+                that were collected for the layer.
+            kwargs: none.
 
         Raises:
             UnsupportedLayerError: the method cannot start this layer; the message names it.

@@ -197,10 +197,11 @@ def _on_the_data(layer: _Layer, given: ShiftOptions) -> Tensor:
 
 
 def _output_side(layer: _Layer, given: ShiftOptions) -> Tensor:
-    """F4: G W0 C̃^{1/2}, with I + G the transport from W0 C̃ W0ᵀ to σ² W0 W0ᵀ, on the range of W0."""
+    """F4: G W0 C̃^{1/2}, with I + G the transport from W0 C̃ W0ᵀ to σ² W0 W0ᵀ.
+
+    As in F1p without an inverse: off the range of W0 both moments vanish, and so does the result.
+    """
     U, S, Vh = torch.linalg.svd(layer.weighted, full_matrices=False)
-    rank = int((S > rounding(S) * S[0]).sum())
-    U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
     sigma = layer.roots.square().mean().sqrt()
     X, D, _ = torch.linalg.svd(sigma * U.mT @ layer.rotated, full_matrices=False)
     target = (X * D) @ X.mT  # the root of the target moment in the basis U
