@@ -12,9 +12,16 @@ from .checkpoint import export, load, merge, save_pretrained
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from .initialize import initialize
 from .methods import Factors, Method, MethodInfo, available, get_method, register
+from .methods.ag_lora import AGLoRA
+from .methods.cntlora import CNTLoRA
+from .methods.corda import CorDA
+from .methods.eva import EVA
 from .methods.gaussian import Gaussian
 from .methods.init_ab import InitAB
 from .methods.kaiming import Kaiming
+from .methods.lora_da import LoRADA
+from .methods.lora_ga import LoRAGA
+from .methods.lora_one import LoRAOne
 from .methods.loram import LoRAM
 from .methods.milora import MiLoRA
 from .methods.olora import OLoRA
@@ -25,13 +32,20 @@ from .sites import LoraSite, find_sites
 from .version import __version__
 
 __all__ = [
+    "AGLoRA",
+    "CNTLoRA",
+    "CorDA",
+    "EVA",
     "Factors",
     "Gaussian",
     "InitAB",
     "InitReport",
     "Kaiming",
     "LayerReport",
+    "LoRADA",
+    "LoRAGA",
     "LoRAM",
+    "LoRAOne",
     "LoraInitError",
     "LoraSite",
     "Method",

@@ -89,12 +89,17 @@ class InitReport:
         table.insert(1, "-" * len(table[0]))
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
         label = self.method + (" [reconstruction]" if self.status == "reconstruction" else "")
-        peak = "" if self.peak_bytes is None else f", peak {self.peak_bytes / 2**20:.1f} MiB above the model"
+        peak = f", peak {self.peak_bytes / 2**20:.1f} MiB above the model" if self.peak_bytes else ""
         title = (
             f"{label}({options}) on adapter '{self.adapter_name}', seed {self.seed}: "
             f"{len(self.layers)} layers in {self.seconds:.2f} s{peak}"
         )
         notes = [f"warning: {w}" for w in self.warnings]
+        doubled = {layer.rank for layer in self.layers if layer.base in ("offset", "subtract")}
+        if doubled:
+            notes.append(
+                f"saved exactly, this adapter has rank {2 * max(doubled)}; save_pretrained(rank=...) truncates it"
+            )
         notes += [f"warning: {layer.name}: {w}" for layer in self.layers for w in layer.warnings]
         return "\n".join([title, *table, *notes])
 

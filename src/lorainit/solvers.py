@@ -109,7 +109,8 @@ def smallest_eigenpairs(
     limit = 10 * width + start.shape[1]
     basis = torch.linalg.qr(start).Q
     image = apply(basis)
-    for done in range(iterations + 1):
+    done = 0
+    while True:
         ritz = basis.mT @ image
         values, rotation = torch.linalg.eigh((ritz + ritz.mT) / 2)
         kept = rotation[:, :width]
@@ -119,7 +120,8 @@ def smallest_eigenpairs(
         residual = float(residuals[:, :rank].norm(dim=0).max())
         converged = residual <= max(tolerance * size, 10 * eps * norm)
         if converged or done == iterations:
-            break
+            relative = residual / size if size > 0 else residual
+            return Eigenpairs(values[:rank], vectors[:, :rank], relative, done, converged)
         if basis.shape[1] > limit:
             kept = rotation[:, : 4 * width]
             basis, image = basis @ kept, image @ kept
@@ -129,8 +131,7 @@ def smallest_eigenpairs(
         for _ in range(2):  # once leaves rounding errors of the old basis behind
             fresh = torch.linalg.qr(fresh - basis @ (basis.mT @ fresh)).Q
         basis, image = torch.cat([basis, fresh], dim=1), torch.cat([image, apply(fresh)], dim=1)
-    relative = residual / size if size > 0 else residual
-    return Eigenpairs(values[:rank], vectors[:, :rank], relative, done, converged)
+        done += 1
 
 
 def dense_eigenpairs(matrix: Float[Tensor, "n n"], rank: int) -> Eigenpairs:

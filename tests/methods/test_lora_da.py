@@ -9,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import LlamaForCausalLM
 
 import golden
+import lorainit
 from lorainit import UnsupportedLayerError
 from lorainit.errors import NonFiniteError
 from lorainit.methods import guidance, lora_da
@@ -145,6 +148,28 @@ def test_matches_the_authors_from_the_statistics_of_a_llama(case):
         exact = got["eigenvalues"] * sigma**2
         gap = (found.eigenvalues * found.sigma**2 - exact[:rank]).abs().max() / exact.abs().max()
         assert float(gap) <= tolerances["eigenvalues * sigma^2, max abs / max"]
+
+
+@pytest.mark.parametrize("case", golden.cases("lora_da_llama/golden"))
+def test_matches_the_authors_from_model_and_data(case, shared):
+    """Four padded batches in place of sixteen single sequences, and no weight ever has a gradient."""
+    model = LlamaForCausalLM.from_pretrained(shared / "golden" / "lora_da_llama")
+    config = LoraConfig(r=case.options["r"], target_modules=case.options["target_modules"])
+    model = get_peft_model(model, config)
+    stored = golden.cases(case.file, prefix="attention_mask")[0].values[0].tensors
+    batch = {name: stored[name] for name in ("input_ids", "attention_mask", "labels")}
+    data = [{name: rows[i : i + 4] for name, rows in batch.items()} for i in range(0, 16, 4)]
+    method = LoRADA(mode="official", mask=case.options["fisher_token_mask"])
+    lorainit.initialize(model, method, data=data, progress=False)
+    names = {True: "subspace, labels_mask", False: "subspace (published lora_A) per module"}
+    for site in lorainit.find_sites(model)[0]:
+        A, B = site.factors()
+        expected = [case.tensors[f"lora_{factor}.{site.name}"] for factor in "AB"]
+        assert golden.subspace(A, expected[0]) <= case.tolerances[names[case.name == "labels_mask"]]
+        # up to the published under-estimate of σ, one factor a module
+        directions = (x / x.norm() for x in (B, expected[1]))
+        product = golden.product(A, next(directions), expected[0], next(directions))
+        assert product <= case.tolerances["product * sigma, relative Frobenius"]
 
 
 # --- the formula ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from . import gaussian, init_ab, kaiming, loram, milora, olora, orthogonal, pissa
+from . import (
+    ag_lora,
+    cntlora,
+    corda,
+    eva,
+    gaussian,
+    init_ab,
+    kaiming,
+    lora_da,
+    lora_ga,
+    lora_one,
+    loram,
+    milora,
+    olora,
+    orthogonal,
+    pissa,
+)
 from .method import Factors, Method, MethodInfo
 from .registry import available, get_method, register
 
@@ -10,11 +26,18 @@ __all__ = [
     "Factors",
     "Method",
     "MethodInfo",
+    "ag_lora",
     "available",
+    "cntlora",
+    "corda",
+    "eva",
     "gaussian",
     "get_method",
     "init_ab",
     "kaiming",
+    "lora_da",
+    "lora_ga",
+    "lora_one",
     "loram",
     "milora",
     "olora",

@@ -89,5 +89,6 @@ def require_rank_at_most_min(site: LoraSite) -> None:
     if site.rank > limit:
         raise UnsupportedLayerError(
             f"layer '{site.name}': rank {site.rank} exceeds min(in, out) = {limit} of its "
-            f"{site.out_features}×{site.in_features} weight; lower r, or give this layer its own in rank_pattern"
+            f"{site.out_features}×{site.in_features} weight; lower r, give this layer its own in rank_pattern, or "
+            "leave it out (exclude_modules)"
         )

@@ -7,9 +7,16 @@ import difflib
 from typing import Any
 
 from ..errors import LoraInitError
+from .ag_lora import AGLoRA
+from .cntlora import CNTLoRA
+from .corda import CorDA
+from .eva import EVA
 from .gaussian import Gaussian
 from .init_ab import InitAB
 from .kaiming import Kaiming
+from .lora_da import LoRADA
+from .lora_ga import LoRAGA
+from .lora_one import LoRAOne
 from .loram import LoRAM
 from .method import Method, MethodInfo
 from .milora import MiLoRA
@@ -73,7 +80,11 @@ def get_method(method: str | Method, **options: Any) -> Method:
     cls = _METHODS.get(method.lower())
     if cls is None:
         near = difflib.get_close_matches(method.lower(), _METHODS, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(_METHODS)}"
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else f"known: {', '.join(info.name for info in available())}"
+        )
         raise LoraInitError(f"unknown method '{method}'; {hint}")
     known = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(set(options) - set(known))
@@ -85,5 +96,7 @@ def get_method(method: str | Method, **options: Any) -> Method:
         raise LoraInitError(f"method '{cls.info.name}': {error}") from error
 
 
-for _cls in (Kaiming, Gaussian, Orthogonal, InitAB, PiSSA, MiLoRA, OLoRA, LoRAM):
+_DATA_FREE = (Kaiming, Gaussian, Orthogonal, InitAB, PiSSA, MiLoRA, OLoRA, LoRAM)
+_DATA_DRIVEN = (LoRADA, CNTLoRA, EVA, CorDA, LoRAGA, LoRAOne, AGLoRA)
+for _cls in (*_DATA_FREE, *_DATA_DRIVEN):
     register(_cls)

@@ -262,7 +262,7 @@ class _LastLayerSeen(Exception):
 @contextlib.contextmanager
 def _base_only(model: nn.Module) -> Iterator[None]:
     """Switch adapters, training mode and parameter gradients off, and put them back."""
-    layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
     disabled = [m._disable_adapters for m in layers]
     training = [(m, m.training) for m in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
