@@ -177,7 +177,9 @@ def test_the_state_dict_holds_a_plain_pair_of_twice_the_rank_with_the_same_updat
 def test_a_state_dict_comes_back_to_the_last_bit(make, shape, dtype, assign):
     pair = attached(make, dtype)
     move(pair)
-    again = attached(make, dtype)
+    again = a_pair(make, dtype)
+    move(again, seed=8)  # another start, and away from it
+    offset.attach(*again)
     move(again, seed=9)
     for module, saved in zip(again, pair, strict=True):
         state = {k: v.clone() for k, v in saved.state_dict().items()}

@@ -48,6 +48,11 @@ def test_rank_0_is_possible_and_a_layer_without_energy_comes_last():
     assert allocate(energies, {"dead": 3, "live": 2}, rule="energy") == {"dead": 1, "live": 1}
 
 
+def test_all_of_the_energy_is_reached_in_spite_of_rounding():
+    energies = tensors({"a": [1.0] * 10 + [0.0] * 2})  # ten tenths add up to less than 1
+    assert allocate(energies, {"a": 12}, rule="energy", threshold=1.0) == {"a": 10}
+
+
 def test_cap_is_that_of_eva_in_peft_pythons_round():
     energies = tensors({"few": [1.0] + [0.0] * 9, "many": [1.0] * 10})
     assert allocate(energies, {"few": 2, "many": 3}, rho=1.5) == {"few": 1, "many": 4}  # round(4.5)

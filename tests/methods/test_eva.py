@@ -74,9 +74,10 @@ def test_whitening_divides_by_the_root_of_the_singular_value():
 
 
 @exactness
+@pytest.mark.parametrize("mean", [0.5, 30.0])  # a large one leaves rounding behind when it is subtracted
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_rows_beyond_the_data_stay_orthonormal_and_are_reported(exact, dtype):
-    x = inputs(4, 16).to(dtype)  # 4 tokens vary along 3 directions
+def test_rows_beyond_the_data_stay_orthonormal_and_are_reported(exact, mean, dtype):
+    x = inputs(4, 16, mean=mean).to(dtype)  # 4 tokens vary along 3 directions
     with pytest.warns(UserWarning, match="vary along 3 directions only, fewer than the rank 6"):
         A = solve(x, 6, exact=exact)
     assert_close(A @ A.mT, torch.eye(6, dtype=dtype))

@@ -270,3 +270,13 @@ def test_sequence_means_weigh_every_row_alike() -> None:
     expected = sum(r[sites[0].name].weight_gradient / r[sites[0].name].labels for r in rows)
     assert_near(found[sites[0].name].weight_gradient, expected)
     assert F.mse_loss(found[sites[0].name].weight_gradient, expected) < 1e-12
+
+
+def test_only_the_first_samples_are_used_whatever_the_batch_size() -> None:
+    model, sites = started(NAMED["llama"])
+    request = Request(frozenset({"weight_gradient"}), dtype=torch.float64, samples=3)
+    expected = sums(model, sites, token_batches(1)[:3])
+    for size in (2, 6):
+        found = sums(model, sites, token_batches(size), request)
+        assert found[sites[0].name].sequences == 3
+        assert_near(found[sites[0].name].weight_gradient, expected[sites[0].name].weight_gradient)

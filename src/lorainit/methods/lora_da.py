@@ -181,7 +181,7 @@ class LoRADA(Options, Method):
     """Eigenvectors that trade the displacement that the data ask for against the variance of fitting it.
 
     Args (beside those of `Options`):
-        samples: sequences of calibration data to use.
+        samples: sequences of calibration data to use, the first of them.
         training_samples: N, the number of sequences in the fine-tuning set (100 000 as published).
         mask: which tokens count in Z and y: all but padding, or only those whose output is scored.
     """
@@ -212,7 +212,7 @@ class LoRADA(Options, Method):
         """The sums that are needed; official: of the loss averaged over each sequence's label terms."""
         needed = self.streams | {"odd_weight_gradient"} if self.halved else self.streams
         loss = "sequence_mean" if self.mode == "official" else "sum"
-        return Request(needed, loss=loss, mask=self.mask)
+        return Request(needed, loss=loss, mask=self.mask, samples=self.samples)
 
     def solve(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics) -> Solution:
         """Return the start of the site, and how it came about.

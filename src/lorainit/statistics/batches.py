@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -14,17 +15,19 @@ MaskKind = Literal["attention", "labels"]
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, int]]
 
 
-def iterate(data: Iterable[Any], max_batches: int | None, device: torch.device) -> Iterator[Any]:
-    """Yield the batches on the model's device, at most ``max_batches`` of them.
+def iterate(data: Iterable[Any], max_batches: int | None, max_rows: int | None, device: torch.device) -> Iterator[Any]:
+    """Yield the batches on the model's device, at most ``max_batches`` of them and ``max_rows`` rows, the last one cut.
 
     Raises:
         LoraInitError: there is no batch at all.
     """
-    index = -1
+    index, left = -1, math.inf if max_rows is None else max_rows
     for index, batch in enumerate(data):
-        if max_batches is not None and index >= max_batches:
+        if left <= 0 or (max_batches is not None and index >= max_batches):
             return
-        yield _to_device(batch, device)
+        rows = count_rows(batch)
+        yield _to_device(batch if rows <= left else take_rows(batch, slice(0, int(left))), device)
+        left -= rows
     if index < 0:
         raise LoraInitError("the calibration data are empty: not a single batch")
 
@@ -59,14 +62,18 @@ def count_rows(batch: Any) -> int:
     return sizes[0]
 
 
+def take_rows(batch: Any, rows: slice) -> Any:
+    """Return some rows of a batch."""
+    if isinstance(batch, Mapping):
+        return {k: v[rows] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(v[rows] if isinstance(v, Tensor) and v.dim() else v for v in batch)
+    return batch[rows]
+
+
 def split_rows(batch: Any) -> list[Any]:
     """Return the batch as batches of one row."""
-    rows = count_rows(batch)
-    if isinstance(batch, Mapping):
-        return [{k: v[i : i + 1] if isinstance(v, Tensor) else v for k, v in batch.items()} for i in range(rows)]
-    if isinstance(batch, (tuple, list)):
-        return [tuple(v[i : i + 1] if isinstance(v, Tensor) else v for v in batch) for i in range(rows)]
-    return [batch[i : i + 1] for i in range(rows)]
+    return [take_rows(batch, slice(i, i + 1)) for i in range(count_rows(batch))]
 
 
 def predicts_next_token(model: nn.Module) -> bool:

@@ -39,12 +39,14 @@ class Request:
         mask: which positions count in the input and output-gradient moments: all but padding, or only those whose
             output is scored. The weight gradient always takes all but padding.
         dtype: of the sums.
+        samples: use the first so many rows of the data; None for all.
     """
 
     streams: frozenset[str]
     loss: Literal["sum", "sequence_mean"] = "sum"
     mask: MaskKind = "attention"
     dtype: torch.dtype = torch.float32
+    samples: int | None = None
 
     @property
     def needs_gradients(self) -> bool:
@@ -89,7 +91,7 @@ def collect(
     for group in groups:
         with _base_only(model), _Watch(model, group, request) as watch:
             bar = tqdm(desc="calibration", unit="batch", disable=not progress, leave=False)
-            for batch in iterate(batches, max_batches, next(model.parameters()).device):
+            for batch in iterate(batches, max_batches, request.samples, next(model.parameters()).device):
                 watch.run(batch, loss_function or summed_loss)
                 bar.update()
             bar.close()
