@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -85,13 +86,14 @@ def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
     pair = (site.lora_A, site.lora_B)
     trained = [offset.trained_factor(module) for module in pair]
     stored = [factor.to(old).reshape(old.shape) for factor, old in zip(start, trained, strict=True)]
-    _check_start(site, *stored)
+    largest = [float(factor.abs().max()) for factor in stored]  # one read serves every check; NaN stays NaN
+    _check_start(site, *largest)
     undo.remember_adapter(site)
     offset.detach(*pair)
     with torch.no_grad():
         for parameter, factor in zip(trained, stored, strict=True):
             parameter.copy_(factor)
-        if base == "keep" or not all(bool(factor.any()) for factor in stored):
+        if base == "keep" or 0 in largest:
             return False
         if base == "subtract":
             _subtract(site, undo)
@@ -99,13 +101,20 @@ def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
     return True
 
 
-def _check_start(site: LoraSite, A: Tensor, B: Tensor) -> None:
-    """Raise unless the factors, as the adapter would hold them, can train and are all that the adapter adds."""
-    if not all(bool(torch.isfinite(factor).all()) for factor in (A, B)):
-        raise NonFiniteError(f"layer '{site.name}': the start is not finite in the adapter's {A.dtype}")
-    if not (A.any() or B.any()):
+def _check_start(site: LoraSite, largest_A: float, largest_B: float) -> None:
+    """Raise unless the factors, as the adapter would hold them, can train and are all that the adapter adds.
+
+    Args:
+        site: the layer.
+        largest_A: the largest magnitude in A.
+        largest_B: the largest magnitude in B.
+    """
+    dtype = offset.trained_factor(site.lora_A).dtype
+    if not (math.isfinite(largest_A) and math.isfinite(largest_B)):
+        raise NonFiniteError(f"layer '{site.name}': the start is not finite in the adapter's {dtype}")
+    if largest_A == largest_B == 0:
         raise UnsupportedLayerError(
-            f"layer '{site.name}': the start is dead: A = B = 0 in the adapter's {A.dtype} would never train; "
+            f"layer '{site.name}': the start is dead: A = B = 0 in the adapter's {dtype} would never train; "
             "is the weight zero?"
         )
     bias = getattr(site.lora_B, "bias", None)
