@@ -173,6 +173,37 @@ class Twin(nn.Module):
         return types.SimpleNamespace(logits=x, loss=loss)
 
 
+class Experts(nn.Module):
+    """Two stacked weights on one module, as in a mixture of experts; PEFT wraps one inside the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 8, 6))
+        self.down = nn.Parameter(torch.randn(3, 6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("b...i,eio->be...o", x, self.up)
+        return torch.einsum("be...i,eio->b...o", torch.tanh(hidden), self.down)
+
+
+class Attention(nn.Module):
+    """A layer that PEFT adapts as a whole, with a linear layer inside that it adapts by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x)[0]
+
+
+class Tokens(nn.Module):
+    """Makes indices into a table of seven rows of anything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.abs() * 4).long().clamp(max=6)
+
+
 LLAMA = Case("llama", llama, ("q_proj", "v_proj", "down_proj"), _tokens, _token_labels)
 TIED = Case("tied", lambda: llama(tie_word_embeddings=True), ("q_proj", "lm_head"), _tokens, _token_labels)
 GPT2 = Case("gpt2", gpt2, ("c_attn", "c_fc"), _tokens, _token_labels, {"fan_in_fan_out": True})

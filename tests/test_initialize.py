@@ -26,9 +26,12 @@ from cases import (
     METHODS,
     TIED,
     TWIN,
+    Attention,
+    Experts,
     Net,
     Scripted,
     Snapshot,
+    Tokens,
     Twin,
     assert_same_tensors,
     base_tensors,
@@ -699,31 +702,6 @@ def test_a_data_free_method_leaves_the_data_untouched():
 # --- layers that cannot be started --------------------------------------------------------------------------------
 
 
-class Experts(nn.Module):
-    """Stacked expert weights, as in a mixture of experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(2, 8, 6))
-
-    def forward(self, x):
-        return torch.einsum("b...i,eio->b...o", x, self.weight)
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.MultiheadAttention(6, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.inner(x, x, x)[0]
-
-
-class Tokens(nn.Module):
-    def forward(self, x):
-        return (x.abs() * 4).long().clamp(max=6)
-
-
 def odd_net(**odd):
     """A net around one odd layer, between two that any method can start."""
     with seeded():
@@ -732,13 +710,13 @@ def odd_net(**odd):
 
 ODD = {
     "embedding": (lambda: odd_net(tokens=Tokens(), odd=nn.Embedding(8, 6)), {}, "embedding"),
-    "experts": (lambda: odd_net(odd=Experts()), {"target_parameters": ["odd.weight"]}, "expert"),
+    "experts": (lambda: odd_net(odd=Experts()), {"target_parameters": ["odd.up"]}, "expert"),
     "grouped": (lambda: odd_net(odd=nn.Conv2d(4, 4, 3, groups=2)), {}, r"groups=2"),
     "dilated": (lambda: odd_net(odd=nn.Conv2d(4, 4, 3, dilation=2, padding="same")), {}, r"dilat"),
     "circular": (lambda: odd_net(odd=nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), {}, r"circular"),
     "thin": (lambda: odd_net(odd=nn.Linear(8, 3)), {}, r"rank 4 exceeds min\(in, out\) = 3"),
     "zero": (lambda: odd_net(odd=nn.Linear(8, 8)), {}, r"dead|zero"),
-    "attention": (lambda: odd_net(lines=nn.Flatten(1, 2), thin=nn.Linear(8, 6), odd=Attention()), {}, "Multihead"),
+    "attention": (lambda: odd_net(lines=nn.Flatten(1, 2), odd=Attention()), {}, "Multihead"),
 }
 
 

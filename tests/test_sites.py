@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 import lorainit
-from cases import LLAMA, TIED, TWIN, Net, each_case, each_dtype, seeded
+from cases import LLAMA, TIED, TWIN, Attention, Experts, Net, each_case, each_dtype, seeded
 from lorainit.sites import lora_layers, site_name, trained_shape
 
 KINDS = {
@@ -162,26 +162,6 @@ def test_layers_on_the_meta_device_are_refused_by_name():
         lorainit.find_sites(model)
 
 
-class Experts(nn.Module):
-    """Stacked expert weights, as in a mixture of experts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(2, 8, 8))
-
-    def forward(self, x):
-        return torch.einsum("b...i,eio->b...o", x, self.weight)
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.inner(x, x, x)[0]
-
-
 def net(**layers):
     with seeded():
         return Net(**layers)
@@ -189,7 +169,7 @@ def net(**layers):
 
 UNSUPPORTED = {
     "embedding": (lambda: net(odd=nn.Embedding(8, 8)), {"target_modules": ["odd"]}, "embedding"),
-    "experts": (lambda: net(odd=Experts()), {"target_modules": [], "target_parameters": ["odd.weight"]}, "expert"),
+    "experts": (lambda: net(odd=Experts()), {"target_modules": [], "target_parameters": ["odd.up"]}, "expert"),
     "grouped": (lambda: net(odd=nn.Conv2d(4, 4, 3, groups=2)), {"target_modules": ["odd"]}, r"groups=2"),
     "dilated": (lambda: net(odd=nn.Conv2d(4, 4, 3, dilation=(1, 2))), {"target_modules": ["odd"]}, r"\(1, 2\)"),
     "circular": (
