@@ -78,7 +78,7 @@ def test_a_layer_with_zero_weight_has_no_relative_size():
 
 def test_the_table_has_one_line_a_layer_with_its_numbers():
     report = start(CONV.adapted(), "loram")
-    title, header, rule, *lines = str(report).splitlines()
+    title, header, rule, *lines, footer = str(report).splitlines()
     assert title.startswith("loram(statistic='mean_square', ") and "seed 0: 5 layers in" in title
     assert header.split() == ["layer", "shape", "r", "s", "|sBA|/|W|", "base", "ms", "KiB"]
     assert set(rule) == {"-"} and len({len(line) for line in (header, rule, *lines)}) == 1
@@ -86,6 +86,8 @@ def test_the_table_has_one_line_a_layer_with_its_numbers():
         cells = line.split()
         assert cells[:4] == [row.name, f"{row.shape[0]}×{row.shape[1]}", "4", "1.5"]
         assert cells[4:6] == [f"{row.relative_size:.4f}", "offset"]
+    assert footer.startswith("saved exactly, this adapter has rank 8")
+    assert "saved exactly" not in str(start(CONV.adapted(), "kaiming"))
 
 
 def test_a_reconstruction_is_labelled():

@@ -302,11 +302,6 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, dict[str, Te
         raise LoraInitError(f"{weights} is damaged: {error}") from error
 
 
-def adapter_base_name(path: str | os.PathLike[str]) -> str | None:
-    """Return the base model's name or folder that an adapter folder records, if any."""
-    return json.loads((Path(path) / CONFIG_NAME).read_text()).get("base_model_name_or_path")
-
-
 def _in_offset_form(layer: LoraLayer, adapter_name: str) -> bool:
     return adapter_name in layer.lora_A and offset.is_attached(layer.lora_A[adapter_name])
 
