@@ -55,7 +55,7 @@ def arguments(shared: str, model: str, task: str, method: str, rate: str, output
 
 
 def run_missing(shared: str, only: list[str]) -> None:
-    """Carry out every run that has no result yet, of all tasks or of some: then several processes can share the work."""
+    """Carry out every run without a result, of all tasks or of some (so that processes can share the work)."""
     for model, task in RUNS:
         if only and task not in only:
             continue
@@ -89,7 +89,7 @@ def table() -> str:
         "",
         "Made by `python benchmarks/starts.py --shared FOLDER` from the JSON files in `starts/`; one seed, short runs",
         "(steps of 16 rows: SST-2 100, CoLA 60, MRPC and RTE 30, LLaMA 150). Metric / evaluation loss after training;",
-        "the best loss of a row is bold. Metric: accuracy (SST-2, MRPC, RTE), Matthews correlation (CoLA), none for the LLaMA.",
+        "the best loss of a row is bold. Metric: accuracy (SST-2, MRPC, RTE), Matthews correlation (CoLA), none (LLaMA).",
         "",
     ]
     for model, task in RUNS:
