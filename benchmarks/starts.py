@@ -89,7 +89,7 @@ def table() -> str:
         "",
         "Made by `python benchmarks/starts.py --shared FOLDER` from the JSON files in `starts/`; one seed, short runs",
         "(steps of 16 rows: SST-2 100, CoLA 60, MRPC and RTE 30, LLaMA 150). Metric / evaluation loss after training;",
-        "the best loss of a row is bold. Metric: accuracy (SST-2, MRPC, RTE), Matthews correlation (CoLA), none (LLaMA).",
+        "the best loss of a row is bold. Metric: accuracy (SST-2, MRPC, RTE), Matthews (CoLA), none (LLaMA).",
         "",
     ]
     for model, task in RUNS:
