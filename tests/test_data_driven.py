@@ -88,6 +88,15 @@ def test_a_memory_budget_changes_the_cost_not_the_start() -> None:
         cases.start(case.adapted(), "corda", data=case.batches(), memory_budget="much")
 
 
+def test_what_a_method_remarks_on_a_layer_stands_in_that_layers_row(recwarn) -> None:
+    case = CASES[0]
+    one_row = [{k: v[:1] for k, v in case.batches()[0].items()}]  # fewer tokens than a moment needs
+    report = cases.start(case.adapted(r=8), "eva", data=one_row)
+    assert any(layer.warnings for layer in report.layers)
+    assert not [w for w in recwarn if "rank" in str(w.message)]
+    assert report.layers[0].name in str(report)
+
+
 def test_loram_takes_the_magnitude_of_a_data_driven_reference() -> None:
     case = CASES[0]
     model, reference = case.adapted(), case.adapted()

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from lorainit import LoraInitError, NonFiniteError, available, checkpoint
 from lorainit.tasks import DataOptions, get_task
-from lorainit.training import Recipe, evaluate, load_base, merge_folder, resolve_model, train
+from lorainit.training import Calibration, Recipe, evaluate, load_base, merge_folder, resolve_model, train
 from runs import save_sentences, save_tiny_bert
 
 QUIET = {"disable_tqdm": True, "per_device_train_batch_size": 8, "logging_steps": 1, "use_cpu": True}
@@ -54,7 +54,11 @@ def test_the_result_file_has_everything_needed_to_repeat_the_run(files, tmp_path
     assert {"versions", "hashes", "command", "device", "git"} <= set(stored["provenance"])
     assert all(len(h) == 64 for h in stored["provenance"]["hashes"].values())
     assert set(stored["cost"]) == {"start", "training"}
-    fields = stored["recipe"] | {"data": DataOptions(**stored["recipe"]["data"]), "output": str(tmp_path / "again")}
+    fields = stored["recipe"] | {
+        "data": DataOptions(**stored["recipe"]["data"]),
+        "calibration": Calibration(**stored["recipe"]["calibration"]),
+        "output": str(tmp_path / "again"),
+    }
     assert train(Recipe(**fields))["curves"]["loss"] == stored["curves"]["loss"]
 
 

@@ -213,7 +213,9 @@ def _start_layer(
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
     with _own_precision(site.device):
-        start = start_layer(method, site, layer_generator(seed, site.name), statistics)
+        with warnings.catch_warnings(record=True) as remarks:  # they belong in this layer's row
+            warnings.simplefilter("always")
+            start = start_layer(method, site, layer_generator(seed, site.name), statistics)
         held = write_start(site, start, base, undo)
         size = site.scaling * product_norm(*site.factors())
     return LayerReport(
@@ -226,7 +228,7 @@ def _start_layer(
         relative_size=size / weight_norm if weight_norm > 0 else None,
         seconds=time.perf_counter() - begin,
         extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
-        warnings=_layer_warnings(site, size, weight_norm, base),
+        warnings=(*(str(r.message) for r in remarks), *_layer_warnings(site, size, weight_norm, base)),
     )
 
 
