@@ -50,6 +50,12 @@ def exact_svd(matrix: Float[Tensor, "m n"], rank: int, *, smallest: bool = False
     return canonical_signs(SVD(U[:, part].contiguous(), S[part], Vh[part].contiguous()))
 
 
+def require_sketch(oversample: int | None, iterations: int) -> None:
+    """Raise ValueError unless these are options that `randomized_svd` takes."""
+    if (oversample or 0) < 0 or iterations < 0:
+        raise ValueError(f"oversample and iterations must be ≥ 0, got {oversample} and {iterations}")
+
+
 def randomized_svd(
     matrix: Float[Tensor, "m n"],
     rank: int,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -16,12 +16,6 @@ from ..statistics.layer import LayerStatistics
 from .method import Factors
 
 Stream = Literal["input_second_moment", "input_sum", "input_magnitude"]
-
-
-def require_choice(name: str, value: str, literal: Any) -> None:
-    """Raise ValueError unless ``value`` is one of the strings of a Literal."""
-    if value not in get_args(literal):
-        raise ValueError(f"{name}={value!r} is not one of {list(get_args(literal))}")
 
 
 def mean_of(site: LoraSite, statistics: LayerStatistics, stream: Stream) -> Tensor:

@@ -19,9 +19,9 @@ from .._typing import Float, Tensor
 from ..linalg import require_rank, squared_singular_values
 from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
-from .activations import decompose, keep_alive, leading, mean_of, require_choice, rounding
+from .activations import decompose, keep_alive, leading, mean_of, rounding
 from .gradient import naming
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min
+from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
 from .shift import Constraint, Map, Moment, Shift, ShiftOptions, estimate
 
 if TYPE_CHECKING:

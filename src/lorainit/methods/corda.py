@@ -12,8 +12,8 @@ from ..errors import LoraInitError
 from ..linalg import exact_svd, require_rank, squared_singular_values, to_double
 from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
-from .activations import decompose, keep_alive, leading, mean_of, projection, require_choice, rounding
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min
+from .activations import decompose, keep_alive, leading, mean_of, projection, rounding
+from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
 
 Mode = Literal["ipm", "kpm"]
 

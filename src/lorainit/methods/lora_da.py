@@ -28,11 +28,10 @@ from ..solvers import spectral_norm
 from ..statistics.batches import MaskKind
 from ..statistics.collect import Request
 from ..statistics.layer import LayerStatistics
-from .activations import require_choice
 from .gradient import collected, naming, require_signal
 from .guidance import Guidance, curvature, held_out_damping
 from .lora_da_types import Mode, Options, Solution
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min
+from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
 
 
 def factors(

@@ -7,8 +7,7 @@ import math
 from typing import Literal, NamedTuple
 
 from .._typing import Float, Tensor
-from .activations import require_choice
-from .method import Factors
+from .method import Factors, require_choice
 
 Mode = Literal["consistent", "official"]
 

@@ -19,12 +19,12 @@ from typing import ClassVar, Literal
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import exact_svd, randomized_svd
+from ..linalg import exact_svd, randomized_svd, require_sketch
 from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
-from .activations import require_choice, rounding
+from .activations import rounding
 from .gradient import collected, leading_triplets, naming
-from .method import Factors, Method, MethodInfo
+from .method import Factors, Method, MethodInfo, require_choice
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["stable", "gd", "unit", "weightS"]
@@ -116,8 +116,7 @@ def _require_options(gamma: float, direction: Direction, scale: Scale, oversampl
     require_choice("scale", scale, Scale)
     if not (gamma > 0 and math.isfinite(gamma)):
         raise ValueError(f"gamma must be positive, got {gamma}")
-    if (oversample or 0) < 0 or iterations < 0:
-        raise ValueError(f"oversample and iterations must be ≥ 0, got {oversample} and {iterations}")
+    require_sketch(oversample, iterations)
 
 
 @dataclasses.dataclass(frozen=True)

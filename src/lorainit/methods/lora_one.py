@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import SVD, canonical_signs
+from ..linalg import SVD, canonical_signs, require_sketch
 from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
 from .activations import keep_alive, leading, rounding
@@ -95,8 +95,7 @@ class LoRAOne(Method):
     def __post_init__(self) -> None:
         """Check the options."""
         _require_positive_gamma(self.gamma)
-        if (self.oversample or 0) < 0 or self.iterations < 0:
-            raise ValueError(f"oversample and iterations must be ≥ 0, got {self.oversample} and {self.iterations}")
+        require_sketch(self.oversample, self.iterations)
 
     def start(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics) -> Factors:
         """Return the step for the site from the gradient of the summed loss, whose scale has no influence."""

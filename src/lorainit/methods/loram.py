@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 
@@ -22,7 +22,7 @@ from ..errors import UnsupportedLayerError
 from ..linalg import frobenius_norm, product_mean, product_norm, require_rank, total
 from ..sites import LoraSite
 from ..statistics import LayerStatistics, Request
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min, start_layer
+from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min, start_layer
 
 Statistic = Literal["mean_square", "variance"]
 Gain = Literal["log", "log_half", "svd"]
@@ -164,19 +164,14 @@ def factors(
         ValueError: an unknown statistic or gain, the rank is out of range, or the start would be dead (W = 0, or Q ≤ 0
             as for r = 1).
     """
-    _require_choice("statistic", statistic, Statistic)
-    _require_choice("gain", gain, Gain)
+    require_choice("statistic", statistic, Statistic)
+    require_choice("gain", gain, Gain)
     require_rank(weight, rank)
     n, m = weight.shape
     Q = svd_gain(weight, rank) if gain == "svd" else spectral_gain(n, m, rank, gain)
     power = Q * weight_power(weight, statistic)
     beta = _beta(power, basis_power(n, m, rank, statistic), f"the weight, times the gain {Q:.3g} at rank {rank},")
     return _scaled(basis_pair(n, m, rank, device=weight.device), beta)
-
-
-def _require_choice(name: str, value: str, literal: Any) -> None:
-    if value not in get_args(literal):
-        raise ValueError(f"{name}={value!r} is not one of {list(get_args(literal))}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +204,7 @@ class LoRAM(Method):
     def __post_init__(self) -> None:
         """Check the options."""
         for name, literal in (("statistic", Statistic), ("gain", Gain), ("basis", Basis), ("rank_one", RankOne)):
-            _require_choice(name, getattr(self, name), literal)
+            require_choice(name, getattr(self, name), literal)
         if self.reference is not None and not isinstance(self.reference, Method):
             raise TypeError(f"reference must be a method object such as lorainit.PiSSA(), got {self.reference!r}")
         if self.reference is not None and self.reference.info.product == "zero":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 
@@ -81,6 +81,12 @@ def start_layer(
 ) -> Factors:
     """Return a method's start of a layer, with the statistics only if there are any."""
     return method.start(site, generator) if statistics is None else method.start(site, generator, statistics)
+
+
+def require_choice(name: str, value: str, literal: Any) -> None:
+    """Raise ValueError unless ``value`` is one of the strings of a Literal."""
+    if value not in get_args(literal):
+        raise ValueError(f"{name}={value!r} is not one of {list(get_args(literal))}")
 
 
 def require_rank_at_most_min(site: LoraSite) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import SVD, exact_svd, randomized_svd
+from ..linalg import SVD, exact_svd, randomized_svd, require_sketch
 from ..sites import LoraSite
 from .method import Factors, Method, MethodInfo, require_rank_at_most_min
 
@@ -72,8 +72,7 @@ class PiSSA(Method):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if (self.oversample or 0) < 0 or self.iterations < 0:
-            raise ValueError(f"oversample and iterations must be ≥ 0, got {self.oversample} and {self.iterations}")
+        require_sketch(self.oversample, self.iterations)
 
     def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
         """Return the principal part of the site's weight."""

@@ -13,7 +13,8 @@ import torch
 
 from .._typing import Float, Tensor
 from ..linalg import psd_eigh
-from .activations import centred, require_choice, rounding
+from .activations import centred, rounding
+from .method import require_choice
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
