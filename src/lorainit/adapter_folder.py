@@ -98,6 +98,8 @@ def plain_config(config: LoraConfig, ranks: dict[str, tuple[int, float]]) -> Lor
     plain = copy.deepcopy(config)
     plain.__class__ = LoraConfig
     plain.__dict__.update(plain_fields(config, ranks), inference_mode=True)
+    # PEFT writes a set in the order of its hashes, another one in every process: the same adapter has one file here
+    plain.__dict__.update({k: sorted(v) for k, v in plain.__dict__.items() if isinstance(v, set)})
     return plain
 
 
