@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import re
 import time
 import warnings
@@ -21,12 +22,13 @@ from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_start
 from .cost import measure
 from .errors import LoraInitError, UnsupportedLayerError
 from .linalg import product_norm
-from .methods import Method, get_method
-from .methods.method import start_layer
+from .methods import Factors, Method, get_method
+from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
 from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
-from .statistics import LayerStatistics, collect
+from .statistics import LayerStatistics
+from .statistics.collect import collect_groups
 
 
 def initialize(
@@ -93,15 +95,21 @@ def initialize(
 
     with all_or_nothing() as undo:
         with measure() as cost:
-            statistics = _collect(model, sites, method, data, max_batches, memory_budget, progress)
+            batches = _batches(method, data, max_batches)
+            fit = _fit(model, sites, method, batches, seed, progress)
             rows: dict[str, LayerReport] = {}
-            for site in tqdm(sites, desc=f"{method.info.name} start", disable=not progress, leave=False):
-                try:
-                    rows[site.name] = _start_layer(site, method, seed, treatment, undo, statistics.pop(site.name, None))
-                except UnsupportedLayerError as error:
-                    if on_unsupported == "error":
-                        raise
-                    unsupported[site.name] = str(error)
+            bar = tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False)
+            for group, statistics in _groups(model, sites, method, batches, parse_bytes(memory_budget), progress):
+                for site in group:
+                    known = fit.starts.get(site.name) or statistics.pop(site.name, None)
+                    try:
+                        rows[site.name] = _start_layer(site, method, seed, treatment, undo, known)
+                    except UnsupportedLayerError as error:
+                        if on_unsupported == "error":
+                            raise
+                        unsupported[site.name] = str(error)
+                    bar.update()
+            bar.close()
         layers = lora_layers(model, adapter_name)
         for name, layer in layers:
             if name in unsupported:
@@ -116,6 +124,7 @@ def initialize(
             layers=tuple(rows[name] for name, _ in layers),
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
+            details=fit.details,
         )
         for name, reason in unsupported.items():
             warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=2)
@@ -157,25 +166,46 @@ def _check_startable(
         )
 
 
-def _collect(
+def _batches(method: Method, data: Iterable[Any] | None, max_batches: int | None) -> Iterable[Any]:
+    """Return the batches that the method may use; none for a data-free method.
+
+    Raises:
+        LoraInitError: it needs data, and there are none.
+    """
+    trained = isinstance(method, TrainedMethod)
+    if method.request is None and not trained:
+        return ()
+    if data is None:
+        labels = ", with labels" if "backward" in method.info.needs else ""
+        raise LoraInitError(
+            f"{method.info.name} needs calibration data: pass data=batches as the model takes them{labels}"
+        )
+    if max_batches is not None or isinstance(data, Iterator):
+        return itertools.islice(data, max_batches) if not trained else list(itertools.islice(data, max_batches))
+    return data
+
+
+def _fit(
+    model: nn.Module, sites: list[LoraSite], method: Method, batches: Iterable[Any], seed: int, progress: bool
+) -> Fit:
+    """Return what the method's short training came to; nothing for a method without one."""
+    if not isinstance(method, TrainedMethod):
+        return Fit({}, {})
+    return method.fit(model, sites, batches, seed=seed, progress=progress)
+
+
+def _groups(
     model: nn.Module,
     sites: list[LoraSite],
     method: Method,
-    data: Iterable[Any] | None,
-    max_batches: int | None,
-    memory_budget: int | str | None,
+    batches: Iterable[Any],
+    memory_budget: int | None,
     progress: bool,
-) -> dict[str, LayerStatistics]:
-    """Return what the method needs to know about each layer; nothing for a data-free method."""
+) -> Iterable[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
+    """Return the sites, in groups whose statistics fit the budget, and what the method needs to know about each."""
     if method.request is None:
-        return {}
-    if data is None:
-        raise LoraInitError(
-            f"{method.info.name} needs calibration data: pass data=batches as the model takes them"
-            + (", with labels" if method.request.needs_gradients else "")
-        )
-    budget = parse_bytes(memory_budget)
-    return collect(model, sites, data, method.request, max_batches=max_batches, memory_budget=budget, progress=progress)
+        return [(sites, {})]
+    return collect_groups(model, sites, batches, method.request, memory_budget=memory_budget, progress=progress)
 
 
 def parse_bytes(amount: int | str | None) -> int | None:
@@ -207,15 +237,16 @@ def _own_precision(device: torch.device) -> Iterator[None]:
 
 
 def _start_layer(
-    site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, statistics: LayerStatistics | None
+    site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, known: LayerStatistics | Factors | None
 ) -> LayerReport:
-    """Compute and write the start of one layer."""
+    """Compute the start of one layer, unless it is known already, and write it."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
     with _own_precision(site.device):
         with warnings.catch_warnings(record=True) as remarks:  # they belong in this layer's row
             warnings.simplefilter("always")
-            start = start_layer(method, site, layer_generator(seed, site.name), statistics)
+            found = isinstance(known, Factors)
+            start = known if found else start_layer(method, site, layer_generator(seed, site.name), known)
         held = write_start(site, start, base, undo)
         size = site.scaling * product_norm(*site.factors())
     return LayerReport(

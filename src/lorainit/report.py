@@ -50,6 +50,7 @@ class InitReport:
         seconds: total time.
         peak_bytes: peak memory above the model during the start, None where it cannot be read.
         warnings: what concerns the whole adapter.
+        details: what else the method tells about its work, as JSON types.
     """
 
     method: str
@@ -62,6 +63,7 @@ class InitReport:
     seconds: float
     peak_bytes: int | None
     warnings: tuple[str, ...] = ()
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON types."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
+from torch import nn
 
 from .._typing import Float, Tensor
 from ..errors import UnsupportedLayerError
@@ -73,6 +75,44 @@ class Method(abc.ABC):
 
         Raises:
             UnsupportedLayerError: the method cannot start this layer; the message names it.
+        """
+
+
+class Fit(NamedTuple):
+    """What a short training came to.
+
+    Attributes:
+        starts: the factors by layer name; a layer that is missing here is left to `Method.start`.
+        details: what happened on the way, as JSON types; it becomes the report's ``details``.
+    """
+
+    starts: dict[str, Factors]
+    details: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedMethod(Method):
+    """A start that is found by training the adapters for a few steps before the training proper.
+
+    `Method.start` is then the point of one layer from which that short training sets out.
+    """
+
+    @abc.abstractmethod
+    def fit(
+        self, model: nn.Module, sites: Sequence[LoraSite], data: Iterable[Any], *, seed: int, progress: bool
+    ) -> Fit:
+        """Train for a few steps and return the factors; the model, its adapters included, is left as it was.
+
+        Args:
+            model: the model that holds the sites.
+            sites: the layers to start.
+            data: batches as the model takes them; it may be iterated more than once.
+            seed: of everything random.
+            progress: show a progress bar.
+
+        Raises:
+            LoraInitError: the data or the model do not allow it.
+            NonFiniteError: the loss became NaN or infinite.
         """
 
 

@@ -85,9 +85,31 @@ def collect(
             no token, or whose positions cannot be told from padding, or that does not fit the budget alone.
         NonFiniteError: NaN or infinity; the message names layer and batch.
     """
+    found: dict[str, LayerStatistics] = {}
+    arguments: dict[str, Any] = {"max_batches": max_batches, "loss_function": loss_function, "progress": progress}
+    for _, statistics in collect_groups(model, sites, data, request, memory_budget=memory_budget, **arguments):
+        found |= statistics
+    return found
+
+
+def collect_groups(
+    model: nn.Module,
+    sites: Collection[LoraSite],
+    data: Iterable[Any],
+    request: Request,
+    *,
+    max_batches: int | None = None,
+    memory_budget: int | None = None,
+    loss_function: LossFunction | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
+    """Yield the groups of sites that fit the budget, each with its sums, as `collect` does.
+
+    The next group is only collected when it is asked for: drop the sums of one before that, and no more than the budget
+    is ever held.
+    """
     groups = _groups(list(sites), request, memory_budget)
     batches = data if len(groups) == 1 or not isinstance(data, Iterator) else list(data)
-    found: dict[str, LayerStatistics] = {}
     for group in groups:
         with _base_only(model), _Watch(model, group, request) as watch:
             bar = tqdm(desc="calibration", unit="batch", disable=not progress, leave=False)
@@ -95,11 +117,12 @@ def collect(
                 watch.run(batch, loss_function or summed_loss)
                 bar.update()
             bar.close()
-        found |= watch.statistics
-    unseen = [name for name, statistics in found.items() if statistics.tokens == 0]
-    if unseen:
-        raise LoraInitError(f"layer '{unseen[0]}' saw no token of the calibration data ({len(unseen)} such layers)")
-    return found
+        found, watch.statistics = watch.statistics, {}
+        unseen = [name for name, statistics in found.items() if statistics.tokens == 0]
+        if unseen:
+            raise LoraInitError(f"layer '{unseen[0]}' saw no token of the calibration data ({len(unseen)} such layers)")
+        yield group, found
+        del found, watch
 
 
 class _Watch:
