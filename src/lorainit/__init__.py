@@ -27,6 +27,7 @@ from .methods.milora import MiLoRA
 from .methods.olora import OLoRA
 from .methods.orthogonal import Orthogonal
 from .methods.pissa import PiSSA
+from .ranks import RankRule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, find_sites
 from .version import __version__
@@ -55,6 +56,7 @@ __all__ = [
     "OLoRA",
     "Orthogonal",
     "PiSSA",
+    "RankRule",
     "UnsupportedLayerError",
     "__version__",
     "available",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -29,6 +29,7 @@ class Undo:
         """Start with nothing to undo."""
         self._adapters: list[tuple[LoraSite, list[Tensor], bool | None]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._calls: list[Callable[[], object]] = []
 
     def remember_adapter(self, site: LoraSite) -> None:
         """Copy the adapter's trained factors and its offset, if it has one."""
@@ -44,8 +45,12 @@ class Undo:
         """Copy a tensor that is about to be written in place."""
         self._tensors.append((tensor, tensor.detach().clone()))
 
+    def call(self, put_back: Callable[[], object]) -> None:
+        """Remember a change of another kind by what takes it back; the last one is taken back first."""
+        self._calls.append(put_back)
+
     def restore(self) -> None:
-        """Put every remembered tensor back, bit for bit."""
+        """Put every remembered tensor back, bit for bit, and take the other changes back."""
         with torch.no_grad():
             for tensor, copy in self._tensors:
                 tensor.copy_(copy)
@@ -58,6 +63,8 @@ class Undo:
                     offset.attach(*pair, base_edited=edited)
                 for module, trained in zip(pair, copies[:2], strict=True):
                     offset.trained_factor(module).copy_(trained)
+        for put_back in reversed(self._calls):  # last: they may put modules back that the tensors are not of
+            put_back()
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ from .apply import all_or_nothing
 from .errors import LoraInitError
 from .linalg import truncate_product
 from .report import InitReport
+from .resize import resize
 from .sites import find_sites, lora_layers, pattern_name, site_name
 
 
@@ -227,8 +228,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         raise LoraInitError(f"{path}: started with base='subtract'; call lorainit.initialize again with the same seed")
     tensors = _adapter_tensors(read_adapter(path)[1])
     sites, _ = find_sites(model, adapter_name)
-    _check_same_layers(path, report, lora_layers(model, adapter_name), adapter_name)
     with all_or_nothing() as undo:
+        if report.ranks["rule"] != "fixed":
+            ranks = {row.name: row.rank for row in report.layers}
+            sites = resize(model, sites, {site.name: ranks.get(site.name, site.rank) for site in sites}, undo)
+        _check_same_layers(path, report, lora_layers(model, adapter_name), adapter_name)
         for site in sites:
             undo.remember_adapter(site)
             offset.detach(site.lora_A, site.lora_B)
@@ -289,7 +293,7 @@ def _check_rank(rank: int | None) -> None:
 
 def _check_same_layers(path: Path, report: InitReport, layers: list[tuple[str, LoraLayer]], adapter_name: str) -> None:
     """Raise unless the adapter has the layers, ranks and scalings of the one that was saved."""
-    saved = {row.name: (row.rank, row.scaling) for row in report.layers}
+    saved = {row.name: (row.rank, row.scaling) for row in report.layers if row.rank > 0}
     present = {name: (layer.r[adapter_name], float(layer.scaling[adapter_name])) for name, layer in layers}
     names = sorted(saved.keys() ^ present.keys())
     if names:

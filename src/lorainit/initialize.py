@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import itertools
-import re
+import functools
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
-import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
 
 from . import checkpoint
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_start
+from .calibration import (
+    layer_generator,
+    layer_groups,
+    own_precision,
+    parse_bytes,
+    rank_rule,
+    share_out,
+    usable_batches,
+)
 from .cost import measure
 from .errors import LoraInitError, UnsupportedLayerError
 from .linalg import product_norm
 from .methods import Factors, Method, get_method
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
+from .ranks import RankRule, Rule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
 from .statistics import LayerStatistics
-from .statistics.collect import collect_groups
 
 
 def initialize(
@@ -41,6 +46,7 @@ def initialize(
     base: Literal["auto", "offset", "keep", "subtract"] = "auto",
     max_batches: int | None = None,
     memory_budget: int | str | None = None,
+    ranks: Rule | RankRule = "fixed",
     on_unsupported: Literal["error", "default"] = "error",
     progress: bool = True,
 ) -> InitReport:
@@ -63,6 +69,10 @@ def initialize(
         max_batches: use at most so many batches of ``data``.
         memory_budget: bytes ("4GiB") that statistics of the data may take at a time; layers then go in groups, and the
             data are run once a group. Default: all layers at once.
+        ranks: how the layers get their ranks. ``"fixed"``: as the adapter was made. Else the layers' components compete
+            for the sum of those ranks (``"budget"``), for that many parameters (``"cost"``), or every layer takes what
+            holds 90 % of its energy (``"energy"``); `lorainit.RankRule` has the options. The scaling of a layer stays;
+            a layer that gets rank 0 loses its adapter. Only for methods whose start is a list of components.
         on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
             out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
             a warning and a row in the report.
@@ -87,19 +97,30 @@ def initialize(
     method = get_method(method)
     _check_choice("base", base, ("auto", *get_args(Base)))
     _check_choice("on_unsupported", on_unsupported, ("error", "default"))
+    rule = rank_rule(ranks, method)
     treatment: Base = base if base != "auto" else "offset" if method.info.product == "preserve" else "keep"
     sites, unsupported = find_sites(model, adapter_name)
     _check_startable(model, adapter_name, sites, unsupported, method, on_unsupported)
     if treatment == "subtract":
         check_can_subtract(model, sites)
 
+    layers = lora_layers(model, adapter_name)
     with all_or_nothing() as undo:
         with measure() as cost:
-            batches = _batches(method, data, max_batches)
+            batches = usable_batches(method, data, max_batches)
             fit = _fit(model, sites, method, batches, seed, progress)
             rows: dict[str, LayerReport] = {}
+            collecting = functools.partial(
+                layer_groups, model, method, batches, memory_budget=parse_bytes(memory_budget), progress=progress
+            )
+            groups = collecting(sites)
+            if rule.rule != "fixed":
+                bare = {site.name: _without_rank(site) for site in sites}
+                kept, groups = share_out(model, sites, method, rule, seed, collecting, undo, skip=on_unsupported)
+                names = {site.name for site in kept}
+                rows = {name: row for name, row in bare.items() if name not in names}
             bar = tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False)
-            for group, statistics in _groups(model, sites, method, batches, parse_bytes(memory_budget), progress):
+            for group, statistics in groups:
                 for site in group:
                     known = fit.starts.get(site.name) or statistics.pop(site.name, None)
                     try:
@@ -110,7 +131,6 @@ def initialize(
                         unsupported[site.name] = str(error)
                     bar.update()
             bar.close()
-        layers = lora_layers(model, adapter_name)
         for name, layer in layers:
             if name in unsupported:
                 rows[name] = _left_alone(name, layer, adapter_name, unsupported[name])
@@ -124,6 +144,7 @@ def initialize(
             layers=tuple(rows[name] for name, _ in layers),
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
+            ranks=dataclasses.asdict(rule),
             details=fit.details,
         )
         for name, reason in unsupported.items():
@@ -166,25 +187,6 @@ def _check_startable(
         )
 
 
-def _batches(method: Method, data: Iterable[Any] | None, max_batches: int | None) -> Iterable[Any]:
-    """Return the batches that the method may use; none for a data-free method.
-
-    Raises:
-        LoraInitError: it needs data, and there are none.
-    """
-    trained = isinstance(method, TrainedMethod)
-    if method.request is None and not trained:
-        return ()
-    if data is None:
-        labels = ", with labels" if "backward" in method.info.needs else ""
-        raise LoraInitError(
-            f"{method.info.name} needs calibration data: pass data=batches as the model takes them{labels}"
-        )
-    if max_batches is not None or isinstance(data, Iterator):
-        return itertools.islice(data, max_batches) if not trained else list(itertools.islice(data, max_batches))
-    return data
-
-
 def _fit(
     model: nn.Module, sites: list[LoraSite], method: Method, batches: Iterable[Any], seed: int, progress: bool
 ) -> Fit:
@@ -194,55 +196,13 @@ def _fit(
     return method.fit(model, sites, batches, seed=seed, progress=progress)
 
 
-def _groups(
-    model: nn.Module,
-    sites: list[LoraSite],
-    method: Method,
-    batches: Iterable[Any],
-    memory_budget: int | None,
-    progress: bool,
-) -> Iterable[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
-    """Return the sites, in groups whose statistics fit the budget, and what the method needs to know about each."""
-    if method.request is None:
-        return [(sites, {})]
-    return collect_groups(model, sites, batches, method.request, memory_budget=memory_budget, progress=progress)
-
-
-def parse_bytes(amount: int | str | None) -> int | None:
-    """Return a memory size in bytes from a number, "4GiB", "500 MB" or None.
-
-    Example:
-        >>> parse_bytes("2 KiB")
-        2048
-    """
-    if amount is None or isinstance(amount, int):
-        return amount
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", amount)
-    if not found:
-        raise LoraInitError(f"memory_budget={amount!r} is no memory size; write bytes, or for example '4GiB'")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
-
-
-@contextlib.contextmanager
-def _own_precision(device: torch.device) -> Iterator[None]:
-    """Compute in the precision that the method asks for: autocast and the default dtype are the caller's business."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
 def _start_layer(
     site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, known: LayerStatistics | Factors | None
 ) -> LayerReport:
     """Compute the start of one layer, unless it is known already, and write it."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
-    with _own_precision(site.device):
+    with own_precision(site.device):
         with warnings.catch_warnings(record=True) as remarks:  # they belong in this layer's row
             warnings.simplefilter("always")
             found = isinstance(known, Factors)
@@ -271,6 +231,20 @@ def _layer_warnings(site: LoraSite, size: float, weight_norm: float, base: Base)
     return ()
 
 
+def _without_rank(site: LoraSite) -> LayerReport:
+    return LayerReport(
+        name=site.name,
+        kind=site.kind,
+        shape=(site.out_features, site.in_features),
+        rank=0,
+        scaling=site.scaling,
+        base="none",
+        relative_size=0.0,
+        seconds=0.0,
+        warnings=("its components were worth less than those of other layers: rank 0, the adapter was taken off",),
+    )
+
+
 def _left_alone(name: str, layer: LoraLayer, adapter_name: str, reason: str) -> LayerReport:
     return LayerReport(
         name=name,
@@ -283,12 +257,6 @@ def _left_alone(name: str, layer: LoraLayer, adapter_name: str, reason: str) -> 
         seconds=0.0,
         warnings=(f"left as it was: {reason}",),
     )
-
-
-def layer_generator(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator for one layer: independent streams by name, the same in any order and on any device."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _options(method: Method) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..linalg import exact_svd, randomized_svd, require_sketch
 from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
 from .activations import rounding
-from .gradient import collected, leading_triplets, naming
+from .gradient import collected, gradient_energies, leading_triplets, naming
 from .method import Factors, Method, MethodInfo, require_choice
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
@@ -167,3 +167,12 @@ class LoRAGA(Method):
                 generator=generator,
                 **dataclasses.asdict(self),
             )
+
+    def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
+        """Return what `lorainit.ranks.allocate` pools: the squared singular values of the gradient."""
+        with naming(site):
+            return gradient_energies(collected(statistics, self.streams)["weight_gradient"].to(site.device))
+
+    def rank_limit(self, site: LoraSite) -> int:
+        """Return half of min(in, out): A and B take disjoint sets of triplets."""
+        return min(site.in_features, site.out_features) // 2

@@ -21,7 +21,7 @@ from ..linalg import SVD, canonical_signs, require_sketch
 from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
 from .activations import keep_alive, leading, rounding
-from .gradient import collected, leading_triplets, naming
+from .gradient import collected, gradient_energies, leading_triplets, naming
 from .method import Factors, Method, MethodInfo, require_rank_at_most_min
 
 
@@ -103,3 +103,8 @@ class LoRAOne(Method):
         with naming(site):
             gradient = collected(statistics, self.streams)["weight_gradient"].to(site.device)
             return factors(gradient, site.rank, generator=generator, **dataclasses.asdict(self))
+
+    def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
+        """Return what `lorainit.ranks.allocate` pools: the squared singular values of the gradient."""
+        with naming(site):
+            return gradient_energies(collected(statistics, self.streams)["weight_gradient"].to(site.device))

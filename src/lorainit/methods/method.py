@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .._typing import Float, Tensor
-from ..errors import UnsupportedLayerError
+from ..errors import LoraInitError, UnsupportedLayerError
 from ..sites import LoraSite
 from ..statistics import LayerStatistics, Request
 
@@ -76,6 +76,25 @@ class Method(abc.ABC):
         Raises:
             UnsupportedLayerError: the method cannot start this layer; the message names it.
         """
+
+    def energies(self, *args: Any, **kwargs: Any) -> Float[Tensor, " k"]:
+        """Return what the components of a layer's start are worth, descending: see `lorainit.ranks.allocate`.
+
+        Args:
+            args: the `LoraSite` and, only if the method has a `request`, the layer's `LayerStatistics`.
+            kwargs: none.
+
+        Raises:
+            LoraInitError: the method's start is no list of components of falling worth, so it gives no variable ranks.
+            UnsupportedLayerError: the method cannot start this layer.
+        """
+        raise LoraInitError(
+            f"{self.info.name} has no components of falling worth to share out: ranks='fixed' is the only rule for it"
+        )
+
+    def rank_limit(self, site: LoraSite) -> int:
+        """Return the highest rank that the method can give a layer."""
+        return min(site.in_features, site.out_features)
 
 
 class Fit(NamedTuple):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import SVD, exact_svd, randomized_svd, require_sketch
+from ..linalg import SVD, exact_svd, randomized_svd, require_sketch, squared_singular_values
 from ..sites import LoraSite
 from .method import Factors, Method, MethodInfo, require_rank_at_most_min
 
@@ -78,3 +78,7 @@ class PiSSA(Method):
         """Return the principal part of the site's weight."""
         require_rank_at_most_min(site)
         return factors(site.weight(), site.rank, site.scaling, generator=generator, **dataclasses.asdict(self))
+
+    def energies(self, site: LoraSite) -> Tensor:
+        """Return what `lorainit.ranks.allocate` pools: the squared singular values of W."""
+        return squared_singular_values(site.weight())

@@ -1,0 +1,149 @@
+"""What a start rests on: the batches, the statistics of every layer, a random stream of its own, its rank."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .apply import Undo, write_start
+from .errors import LoraInitError, UnsupportedLayerError
+from .methods import Method
+from .methods.kaiming import Kaiming
+from .methods.method import TrainedMethod
+from .ranks import RankRule, Rule, allocate
+from .resize import resize
+from .sites import LoraSite
+from .statistics import LayerStatistics
+from .statistics.collect import collect_groups
+
+Groups = Iterable[tuple[list[LoraSite], dict[str, LayerStatistics]]]
+
+
+def usable_batches(method: Method, data: Iterable[Any] | None, max_batches: int | None) -> Iterable[Any]:
+    """Return the batches that the method may use; none for a data-free method.
+
+    Raises:
+        LoraInitError: it needs data, and there are none.
+    """
+    trained = isinstance(method, TrainedMethod)
+    if method.request is None and not trained:
+        return ()
+    if data is None:
+        labels = ", with labels" if "backward" in method.info.needs else ""
+        raise LoraInitError(
+            f"{method.info.name} needs calibration data: pass data=batches as the model takes them{labels}"
+        )
+    if max_batches is not None or isinstance(data, Iterator):
+        return itertools.islice(data, max_batches) if not trained else list(itertools.islice(data, max_batches))
+    return data
+
+
+def layer_groups(
+    model: nn.Module,
+    method: Method,
+    batches: Iterable[Any],
+    sites: list[LoraSite],
+    *,
+    memory_budget: int | None,
+    progress: bool,
+) -> Groups:
+    """Return the sites, in groups whose statistics fit the budget, and what the method needs to know about each."""
+    if method.request is None:
+        return [(sites, {})]
+    return collect_groups(model, sites, batches, method.request, memory_budget=memory_budget, progress=progress)
+
+
+def rank_rule(ranks: Rule | RankRule, method: Method) -> RankRule:
+    """Return the rule by which layers get their ranks; raise if the method has nothing to share out by it."""
+    try:
+        rule = ranks if isinstance(ranks, RankRule) else RankRule(ranks)
+    except ValueError as error:
+        raise LoraInitError(f"ranks: {error}") from error
+    if rule.rule != "fixed" and type(method).energies is Method.energies:
+        method.energies()  # says why not
+    return rule
+
+
+def share_out(
+    model: nn.Module,
+    sites: list[LoraSite],
+    method: Method,
+    rule: RankRule,
+    seed: int,
+    collecting: Callable[[list[LoraSite]], Groups],
+    undo: Undo,
+    *,
+    skip: str,
+) -> tuple[list[LoraSite], Groups]:
+    """Give the layers the ranks that the rule says; return the sites that keep their adapter, and their groups.
+
+    Where all statistics are held at once they serve for the start as well; else the data are run a second time.
+    """
+    energies: dict[str, Tensor] = {}
+    held: dict[str, LayerStatistics] = {}
+    for group, statistics in collecting(sites):
+        for site in group:
+            known = (statistics[site.name],) if statistics else ()
+            try:
+                with own_precision(site.device):
+                    energies[site.name] = method.energies(site, *known)
+            except UnsupportedLayerError:
+                if skip == "error":
+                    raise
+        held = statistics if len(group) == len(sites) else {}
+    shared = [site for site in sites if site.name in energies]
+    before = {site.name: site.rank for site in sites}
+    given = allocate(
+        energies,
+        {site.name: site.rank for site in shared},
+        shapes={site.name: (site.out_features, site.in_features) for site in shared},
+        limits={site.name: method.rank_limit(site) for site in shared},
+        **dataclasses.asdict(rule),
+    )
+    kept = resize(model, sites, before | given, undo)
+    for site in kept:
+        if site.rank != before[site.name]:  # so that a layer that the method then cannot start is a plain LoRA
+            write_start(site, Kaiming().start(site, layer_generator(seed, site.name)), "keep", undo)
+    return kept, [(kept, held)] if held or method.request is None else collecting(kept)
+
+
+def parse_bytes(amount: int | str | None) -> int | None:
+    """Return a memory size in bytes from a number, "4GiB", "500 MB" or None.
+
+    Example:
+        >>> parse_bytes("2 KiB")
+        2048
+    """
+    if amount is None or isinstance(amount, int):
+        return amount
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", amount)
+    if not found:
+        raise LoraInitError(f"memory_budget={amount!r} is no memory size; write bytes, or for example '4GiB'")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+
+
+@contextlib.contextmanager
+def own_precision(device: torch.device) -> Iterator[None]:
+    """Compute in the precision that the method asks for: autocast and the default dtype are the caller's business."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator for one layer: independent streams by name, the same in any order and on any device."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
