@@ -17,6 +17,7 @@ from .methods.cntlora import CNTLoRA
 from .methods.corda import CorDA
 from .methods.eva import EVA
 from .methods.gaussian import Gaussian
+from .methods.hrp import HRP
 from .methods.init_ab import InitAB
 from .methods.kaiming import Kaiming
 from .methods.lora_da import LoRADA
@@ -39,6 +40,7 @@ __all__ = [
     "EVA",
     "Factors",
     "Gaussian",
+    "HRP",
     "InitAB",
     "InitReport",
     "Kaiming",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .apply import Undo, write_start
 from .errors import LoraInitError, UnsupportedLayerError
+from .generators import layer_generator
 from .methods import Method
 from .methods.kaiming import Kaiming
 from .methods.method import TrainedMethod
@@ -141,9 +141,3 @@ def own_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-
-
-def layer_generator(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator for one layer: independent streams by name, the same in any order and on any device."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from . import checkpoint
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_start
 from .calibration import (
-    layer_generator,
     layer_groups,
     own_precision,
     parse_bytes,
@@ -26,6 +25,7 @@ from .calibration import (
 )
 from .cost import measure
 from .errors import LoraInitError, UnsupportedLayerError
+from .generators import layer_generator
 from .linalg import product_norm
 from .methods import Factors, Method, get_method
 from .methods.method import Fit, TrainedMethod, start_layer

@@ -12,6 +12,7 @@ from .cntlora import CNTLoRA
 from .corda import CorDA
 from .eva import EVA
 from .gaussian import Gaussian
+from .hrp import HRP
 from .init_ab import InitAB
 from .kaiming import Kaiming
 from .lora_da import LoRADA
@@ -97,6 +98,6 @@ def get_method(method: str | Method, **options: Any) -> Method:
 
 
 _DATA_FREE = (Kaiming, Gaussian, Orthogonal, InitAB, PiSSA, MiLoRA, OLoRA, LoRAM)
-_DATA_DRIVEN = (LoRADA, CNTLoRA, EVA, CorDA, LoRAGA, LoRAOne, AGLoRA)
+_DATA_DRIVEN = (LoRADA, CNTLoRA, EVA, CorDA, LoRAGA, LoRAOne, AGLoRA, HRP)
 for _cls in (*_DATA_FREE, *_DATA_DRIVEN):
     register(_cls)

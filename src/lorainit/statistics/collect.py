@@ -111,7 +111,7 @@ def collect_groups(
     groups = _groups(list(sites), request, memory_budget)
     batches = data if len(groups) == 1 or not isinstance(data, Iterator) else list(data)
     for group in groups:
-        with _base_only(model), _Watch(model, group, request) as watch:
+        with base_only(model), _Watch(model, group, request) as watch:
             bar = tqdm(desc="calibration", unit="batch", disable=not progress, leave=False)
             for batch in iterate(batches, max_batches, request.samples, next(model.parameters()).device):
                 watch.run(batch, loss_function or summed_loss)
@@ -285,7 +285,7 @@ class _LastLayerSeen(Exception):
 
 
 @contextlib.contextmanager
-def _base_only(model: nn.Module) -> Iterator[None]:
+def base_only(model: nn.Module) -> Iterator[None]:
     """Switch adapters, training mode and parameter gradients off, and put them back."""
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
     disabled = [m._disable_adapters for m in layers]
