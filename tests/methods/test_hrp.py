@@ -117,7 +117,6 @@ def test_a_failure_leaves_the_model_as_it_was(after, error):
         ),
         pytest.param(HRP(), [], LoraInitError, "not a single batch", id="empty"),
         pytest.param(HRP(), [LLAMA.batch()], LoraInitError, "must hold 'labels'", id="no labels"),
-        ),
     ],
 )
 def test_wrong_input_is_said(method, data, kind, message):
