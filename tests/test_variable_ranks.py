@@ -14,8 +14,8 @@ from cases import CASES, CONV, GPT2, LLAMA, TWIN
 from lorainit import LoraInitError, RankRule, offset
 from lorainit.sites import find_sites
 
-SPECTRAL = ("pissa", "eva", "corda", "cntlora", "ag-lora", "lora-ga", "lora-one", "lora-da")
-OTHERS = sorted({info.name for info in lorainit.available()} - set(SPECTRAL))
+SPECTRAL = [info.name for info in lorainit.available() if info.variable_ranks]
+OTHERS = [*(info.name for info in lorainit.available() if not info.variable_ranks), lorainit.CorDA(mode="kpm")]
 each_method = pytest.mark.parametrize("method", SPECTRAL)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -39,6 +39,10 @@ def emptied(case, name, **config):
             weight.zero_()
             weight[:2, :2] = torch.tensor([[1.0, 0.2], [-0.1, 0.9]])
     return model
+
+
+def test_every_spectral_method_shares_ranks():
+    assert SPECTRAL == ["pissa", "lora-da", "cntlora", "eva", "corda", "lora-ga", "lora-one", "ag-lora"]
 
 
 @each_case
@@ -192,7 +196,7 @@ def test_a_failure_gives_every_layer_its_rank_and_its_adapter_back(at, error):
     snapshot.assert_unchanged(model)
 
 
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", OTHERS, ids=str)
 def test_a_method_without_components_says_so_before_it_touches_anything(method):
     model = LLAMA.adapted(r=2)
     snapshot = cases.Snapshot.of(model)

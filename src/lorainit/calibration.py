@@ -67,8 +67,10 @@ def rank_rule(ranks: Rule | RankRule, method: Method) -> RankRule:
         rule = ranks if isinstance(ranks, RankRule) else RankRule(ranks)
     except ValueError as error:
         raise LoraInitError(f"ranks: {error}") from error
-    if rule.rule != "fixed" and type(method).energies is Method.energies:
-        method.energies()  # says why not
+    if rule.rule != "fixed" and not method.info.variable_ranks:
+        raise LoraInitError(
+            f"{method.info.name} has no components of falling worth to share out: ranks='fixed' is the only rule for it"
+        )
     return rule
 
 

@@ -180,6 +180,7 @@ class CNTLoRA(Method):
         product="step",
         needs=("forward",),
         status="reconstruction",
+        variable_ranks=True,
     )
     streams: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "input_sum"})
 

@@ -93,6 +93,7 @@ class EVA(Method):
         paper="Paischer et al. 2024, arXiv:2410.07170",
         product="zero",
         needs=("forward",),
+        variable_ranks=True,
     )
     streams: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "input_sum"})
 

@@ -251,6 +251,7 @@ class LoRADA(Options, Method):
         paper="Zhang et al. 2026, arXiv:2510.24561",
         product="step",
         needs=("forward", "backward"),
+        variable_ranks=True,
     )
 
     streams: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_gradient_squares", "weight_gradient"})

@@ -148,6 +148,7 @@ class LoRAGA(Method):
         paper="Wang et al. 2024, arXiv:2407.05000",
         product="preserve",
         needs=("forward", "backward"),
+        variable_ranks=True,
     )
 
     def __post_init__(self) -> None:

@@ -90,6 +90,7 @@ class LoRAOne(Method):
         paper="Zhang et al. 2025, arXiv:2502.01235",
         product="step",
         needs=("forward", "backward"),
+        variable_ranks=True,
     )
 
     def __post_init__(self) -> None:

@@ -36,6 +36,8 @@ class MethodInfo:
         paper: where it comes from.
         status: ``"paper"``, or ``"reconstruction"`` where the publication leaves the formula open.
         deterministic: the seed has no influence.
+        variable_ranks: its start is a list of components of falling worth, for which layers can compete (the argument
+            ``ranks`` of `lorainit.initialize`).
         product: the start's BA is ``"zero"``; or non-zero and meant to ``"preserve"`` the function (``base="auto"``
             gives the offset form); or a first ``"step"`` that is kept.
         summary: what it does to the start, in one line.
@@ -49,6 +51,7 @@ class MethodInfo:
     needs: tuple[str, ...] = ()
     status: Literal["paper", "reconstruction"] = "paper"
     deterministic: bool = False
+    variable_ranks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +91,7 @@ class Method(abc.ABC):
             LoraInitError: the method's start is no list of components of falling worth, so it gives no variable ranks.
             UnsupportedLayerError: the method cannot start this layer.
         """
-        raise LoraInitError(
-            f"{self.info.name} has no components of falling worth to share out: ranks='fixed' is the only rule for it"
-        )
+        raise LoraInitError(f"{self.info.name} has no components of falling worth")
 
     def rank_limit(self, site: LoraSite) -> int:
         """Return the highest rank that the method can give a layer."""

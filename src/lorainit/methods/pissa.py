@@ -68,6 +68,7 @@ class PiSSA(Method):
         summary="s·BA = the r leading singular triplets of W",
         paper="Meng et al. 2024, arXiv:2404.02948",
         product="preserve",
+        variable_ranks=True,
     )
 
     def __post_init__(self) -> None:
