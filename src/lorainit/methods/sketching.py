@@ -1,0 +1,76 @@
+"""What the starts that can do with a sketch of their statistics share: the option, and what to read out of the sums."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+from .._typing import Float, Tensor
+from ..sites import LoraSite
+from ..sketches import Nystrom, nystrom, settled, test_matrix
+from ..statistics import LayerStatistics, Sketch
+from .activations import mean_of
+
+SketchChoice = bool | Literal["auto"]
+
+_SETTLED = 0.9  # below it, see `warn_unsettled`
+
+
+def require_sketch_option(sketch: SketchChoice, columns: int | None, *, exact: bool = False) -> None:
+    """Raise ValueError unless the options of a sketch are valid and go together."""
+    if sketch not in (True, False, "auto"):
+        raise ValueError(f"sketch={sketch!r} is not True, False or 'auto'")
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns must be ≥ 1 or None, got {columns}")
+    if exact and sketch is True:
+        raise ValueError("exact=True needs the whole statistic, sketch=True keeps a part of it: choose one")
+
+
+def chosen_sketch(choice: SketchChoice, columns: int | None, *, per_rank: int, extra: int) -> Sketch | None:
+    """Return the sketch to ask for: where it is smaller than the sum, or with ``"auto"`` far smaller; or None.
+
+    Args:
+        choice: the method's option.
+        columns: so many for every layer, instead of ``per_rank`` times its rank and ``extra``.
+        per_rank: see `Sketch`.
+        extra: see `Sketch`.
+    """
+    if choice is False:
+        return None
+    if columns is not None:
+        per_rank, extra = 0, columns
+    return Sketch(per_rank, extra, at_least=8.0 if choice == "auto" else 2.0)
+
+
+def input_sketch(site: LoraSite, statistics: LayerStatistics) -> tuple[Float[Tensor, "in k"], Float[Tensor, "in k"]]:
+    """Return CΩ, with C the mean of x xᵀ, and Ω."""
+    sketch = mean_of(site, statistics, "input_sketch")
+    return sketch, test_matrix("in", sketch.shape[0], sketch.shape[1], statistics.sketch_seed).to(sketch)
+
+
+def centred_sketch(
+    sketch: Float[Tensor, "in k"], test: Float[Tensor, "in k"], mean: Float[Tensor, " in"]
+) -> Float[Tensor, "in k"]:
+    """Return ``(C − μμᵀ) Ω``, in float64: what is left of a large mean would be rounding."""
+    sketch, test, mean = sketch.double(), test.double(), mean.double()
+    return sketch.addr(mean, mean @ test, alpha=-1)
+
+
+def leading_of_sketch(
+    sketch: Float[Tensor, "in k"], test: Float[Tensor, "in k"], rank: int, *, noise: float
+) -> Nystrom:
+    """Return the eigenpairs that a sketch tells, at most k of them; see `lorainit.sketches.nystrom`.
+
+    Warns:
+        UserWarning: the sketch has not settled: with half of its columns it finds less than 90 % of the energy of the
+            leading ``rank`` directions, and more columns would find more.
+    """
+    found = nystrom(sketch, test, noise=noise)
+    share = settled(sketch, test, found, rank, noise=noise)
+    if share < _SETTLED:
+        warnings.warn(
+            f"the sketch of {sketch.shape[1]} columns has not settled (half of them find {share:.0%} of the energy "
+            "of its leading directions): the spectrum decays slowly; more columns or sketch=False finds better ones",
+            stacklevel=3,
+        )
+    return found
