@@ -20,8 +20,8 @@ from .sketching import (
     centred_sketch,
     chosen_sketch,
     input_sketch,
-    leading_of_sketch,
     require_sketch_option,
+    warn_unsettled,
 )
 
 
@@ -101,11 +101,13 @@ def principal_of_sketch(
     """Return approximately the leading eigenpairs of the covariance ``C − μμᵀ`` from ``CΩ``, in its dtype.
 
     Warns:
-        UserWarning: the sketch has not settled, see `lorainit.methods.sketching.leading_of_sketch`.
+        UserWarning: the sketch has not settled, see `lorainit.methods.sketching.warn_unsettled`.
     """
     require_rank(sketch, rank)
     rest = centred_sketch(sketch, test, input_mean)
-    found = leading_of_sketch(rest, test, rank, noise=column_rounding(sketch))  # a large mean is in it as well
+    noise = column_rounding(sketch)  # a large mean is in it as well
+    found = nystrom(rest, test, noise=noise)
+    warn_unsettled(rest, test, found, rank, noise=noise)
     missing = max(0, rank - len(found.values))
     # a deficient sketch is completed by directions on which the data are constant
     vectors = torch.linalg.qr(torch.cat([found.vectors, test.double()[:, :missing]], dim=1)).Q[:, :rank]

@@ -6,14 +6,18 @@ import warnings
 from typing import Literal
 
 from .._typing import Float, Tensor
+from ..linalg import SVD
 from ..sites import LoraSite
-from ..sketches import Nystrom, nystrom, settled, test_matrix
+from ..sketches import Nystrom, settled, test_matrix, two_sided
 from ..statistics import LayerStatistics, Sketch
+from ..statistics.request import ERROR_ROWS
 from .activations import mean_of
+from .gradient import collected, require_signal
 
 SketchChoice = bool | Literal["auto"]
 
-_SETTLED = 0.9  # below it, see `warn_unsettled`
+_SETTLED = 0.9
+_MISSED = 0.5
 
 
 def require_sketch_option(sketch: SketchChoice, columns: int | None, *, exact: bool = False) -> None:
@@ -56,16 +60,10 @@ def centred_sketch(
     return sketch.addr(mean, mean @ test, alpha=-1)
 
 
-def leading_of_sketch(
-    sketch: Float[Tensor, "in k"], test: Float[Tensor, "in k"], rank: int, *, noise: float
-) -> Nystrom:
-    """Return the eigenpairs that a sketch tells, at most k of them; see `lorainit.sketches.nystrom`.
-
-    Warns:
-        UserWarning: the sketch has not settled: with half of its columns it finds less than 90 % of the energy of the
-            leading ``rank`` directions, and more columns would find more.
-    """
-    found = nystrom(sketch, test, noise=noise)
+def warn_unsettled(
+    sketch: Float[Tensor, "in k"], test: Float[Tensor, "in k"], found: Nystrom, rank: int, *, noise: float
+) -> None:
+    """Warn where half of the columns find less than 90 % of the energy of the leading ``rank`` directions."""
     share = settled(sketch, test, found, rank, noise=noise)
     if share < _SETTLED:
         warnings.warn(
@@ -73,4 +71,30 @@ def leading_of_sketch(
             "of its leading directions): the spectrum decays slowly; more columns or sketch=False finds better ones",
             stacklevel=3,
         )
-    return found
+
+
+def triplets_of_sketch(site: LoraSite, statistics: LayerStatistics, rank: int) -> SVD:
+    """Return the leading triplets of a layer's weight gradient from its two sketches, in the dtype of the sums.
+
+    Raises:
+        NonFiniteError: NaN or infinity in a sketch.
+        ValueError: the gradient is zero, or has no such number of triplets in the sketch.
+
+    Warns:
+        UserWarning: the sketches miss a large part of the gradient; the message tells the estimate.
+    """
+    sums = collected(statistics, ("gradient_range", "gradient_corange"))
+    range_, corange = (value.to(site.device) for value in sums.values())
+    require_signal("weight gradient", range_)
+    require_signal("weight gradient", corange)
+    if not 1 <= rank <= range_.shape[1]:
+        raise ValueError(f"the sketch has {range_.shape[1]} columns, too few for {rank} directions; raise columns")
+    test = test_matrix("out", len(range_), len(corange), statistics.sketch_seed).to(range_)
+    svd, error = two_sided(range_, corange, test, check=ERROR_ROWS)
+    if error is not None and error > _MISSED:
+        warnings.warn(
+            f"the sketch of the weight gradient misses an estimated {error:.0%} of its norm: the leading directions "
+            "are approximate; more columns or sketch=False finds better ones",
+            stacklevel=3,
+        )
+    return SVD(svd.U[:, :rank].to(range_), svd.S[:rank].to(range_), svd.Vh[:rank].to(range_))
