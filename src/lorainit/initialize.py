@@ -41,6 +41,8 @@ def initialize(
     base: Literal["auto", "offset", "keep", "subtract"] = "auto",
     max_batches: int | None = None,
     memory_budget: int | str | None = None,
+    micro_batch: int | None = None,
+    offload: bool = False,
     on_unsupported: Literal["error", "default"] = "error",
     progress: bool = True,
 ) -> InitReport:
@@ -63,6 +65,9 @@ def initialize(
         max_batches: use at most so many batches of ``data``.
         memory_budget: bytes ("4GiB") that statistics of the data may take at a time; layers then go in groups, and the
             data are run once a group. Default: all layers at once.
+        micro_batch: rows of a batch that run at a time while statistics are collected: less memory for activations, the
+            same statistics (the loss of a batch must be a mean over its terms, as in Transformers' models).
+        offload: keep statistics in CPU memory while the model runs on an accelerator.
         on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
             out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
             a warning and a row in the report.
@@ -98,8 +103,10 @@ def initialize(
             batches = _batches(method, data, max_batches)
             fit = _fit(model, sites, method, batches, seed, progress)
             rows: dict[str, LayerReport] = {}
+            collection = {"memory_budget": parse_bytes(memory_budget), "micro_batch": micro_batch, "offload": offload}
+            collection |= {"progress": progress}
             bar = tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False)
-            for group, statistics in _groups(model, sites, method, batches, parse_bytes(memory_budget), progress):
+            for group, statistics in _groups(model, sites, method, batches, seed, collection):
                 for site in group:
                     known = fit.starts.get(site.name) or statistics.pop(site.name, None)
                     try:
@@ -199,13 +206,13 @@ def _groups(
     sites: list[LoraSite],
     method: Method,
     batches: Iterable[Any],
-    memory_budget: int | None,
-    progress: bool,
+    seed: int,
+    options: dict[str, Any],
 ) -> Iterable[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
     """Return the sites, in groups whose statistics fit the budget, and what the method needs to know about each."""
     if method.request is None:
         return [(sites, {})]
-    return collect_groups(model, sites, batches, method.request, memory_budget=memory_budget, progress=progress)
+    return collect_groups(model, sites, batches, method.request.seeded(seed), **options)
 
 
 def parse_bytes(amount: int | str | None) -> int | None:

@@ -28,6 +28,7 @@ def collect(
     *,
     max_batches: int | None = None,
     memory_budget: int | None = None,
+    micro_batch: int | None = None,
     offload: bool = False,
     loss_function: LossFunction | None = None,
     progress: bool = True,
@@ -44,6 +45,7 @@ def collect(
         request: what to collect.
         max_batches: stop after so many.
         memory_budget: bytes that the sums may take at a time; layers go in groups that fit.
+        micro_batch: rows that run at a time: less memory for activations, the same sums.
         offload: keep the sums in CPU memory while the model runs on an accelerator.
         loss_function: (model, batch) -> (summed loss, number of terms); default `summed_loss`.
         progress: show a progress bar.
@@ -54,8 +56,8 @@ def collect(
         NonFiniteError: NaN or infinity; the message names layer and batch.
     """
     found: dict[str, LayerStatistics] = {}
-    options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget, "offload": offload}
-    options |= {"loss_function": loss_function, "progress": progress}
+    options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget}
+    options |= {"micro_batch": micro_batch, "offload": offload, "loss_function": loss_function, "progress": progress}
     for _, statistics in collect_groups(model, sites, data, request, **options):
         found |= statistics
     return found
@@ -69,6 +71,7 @@ def collect_groups(
     *,
     max_batches: int | None = None,
     memory_budget: int | None = None,
+    micro_batch: int | None = None,
     offload: bool = False,
     loss_function: LossFunction | None = None,
     progress: bool = True,
@@ -78,6 +81,8 @@ def collect_groups(
     The next group is only collected when it is asked for: drop the sums of one before that, and no more than the budget
     is ever held.
     """
+    if micro_batch is not None and micro_batch < 1:
+        raise LoraInitError(f"micro_batch must be ≥ 1 or None, got {micro_batch}")
     groups = _groups(list(sites), request, memory_budget)
     store = torch.device("cpu") if offload else None
     batches = data if len(groups) == 1 or not isinstance(data, Iterator) else list(data)
@@ -85,7 +90,7 @@ def collect_groups(
         with _base_only(model), Watch(model, group, request, store=store) as watch:
             bar = tqdm(desc="calibration", unit="batch", disable=not progress, leave=False)
             for batch in iterate(batches, max_batches, request.samples, next(model.parameters()).device):
-                watch.run(batch, loss_function or summed_loss)
+                watch.run(batch, loss_function or summed_loss, micro_batch)
                 bar.update()
             bar.close()
         found = watch.finish()

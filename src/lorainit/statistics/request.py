@@ -72,6 +72,12 @@ class Request:
         """Whether a backward pass is needed."""
         return bool(self.streams & GRADIENT_STREAMS)
 
+    def seeded(self, seed: int) -> Request:
+        """Return the request with the run's seed for its test matrices."""
+        if self.sketch is None:
+            return self
+        return dataclasses.replace(self, sketch=dataclasses.replace(self.sketch, seed=seed))
+
     def streams_of(self, site: LoraSite) -> frozenset[str]:
         """Return what is collected for one layer: its streams, sketched where the request says so."""
         streams, sketch = self.streams, self.sketch

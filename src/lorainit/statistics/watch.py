@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import LoraInitError, NonFiniteError
 from ..sites import LoraSite
 from ..sketches import test_matrix
-from .batches import LossFunction, count_rows, forward, position_masks, split_rows
+from .batches import LossFunction, count_rows, count_terms, forward, position_masks, split_rows
 from .inputs import add_inputs
 from .layer import LayerStatistics
 from .output_gradients import add_output_gradients
@@ -92,21 +92,28 @@ class Watch:
         for handle in self._handles:
             handle.remove()
 
-    def run(self, batch: Any, loss_function: LossFunction) -> None:
+    def run(self, batch: Any, loss_function: LossFunction, micro_batch: int | None = None) -> None:
         """Add one batch to the sums.
+
+        Args:
+            batch: as the model takes it.
+            loss_function: (model, batch) -> (summed loss, number of terms).
+            micro_batch: so many rows at a time; None: the whole batch, or one row where the loss is a mean over rows.
 
         Raises:
             LoraInitError: a batch that the model refuses or that has no labels, positions that cannot be told apart.
             NonFiniteError: NaN or infinity in an input or a gradient.
         """
         self._batch += 1
-        rows = split_rows(batch) if self.request.loss == "sequence_mean" else [batch]
-        for part in rows:
+        size = 1 if self.request.loss == "sequence_mean" else micro_batch
+        for part in [batch] if size is None else split_rows(batch, size):
             self._row, self._rows = self._row + self._rows, count_rows(part)
             self._masks = position_masks(self.model, part, self.request.mask)
             self._calls.clear()
             self._known.clear()
-            if self.request.needs_gradients:
+            # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
+            whole = size is None or self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
+            if self.request.needs_gradients and (whole or count_terms(self.model, part) != 0):
                 self._forward_backward(part, loss_function)
             else:
                 with torch.no_grad(), contextlib.suppress(_LastLayerSeen):
