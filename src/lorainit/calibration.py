@@ -21,7 +21,7 @@ from .methods.method import TrainedMethod
 from .ranks import RankRule, Rule, allocate
 from .resize import resize
 from .sites import LoraSite
-from .statistics import LayerStatistics
+from .statistics import LayerStatistics, Request
 from .statistics.collect import collect_groups
 
 Groups = Iterable[tuple[list[LoraSite], dict[str, LayerStatistics]]]
@@ -47,18 +47,12 @@ def usable_batches(method: Method, data: Iterable[Any] | None, max_batches: int 
 
 
 def layer_groups(
-    model: nn.Module,
-    method: Method,
-    batches: Iterable[Any],
-    sites: list[LoraSite],
-    *,
-    memory_budget: int | None,
-    progress: bool,
+    model: nn.Module, request: Request | None, batches: Iterable[Any], sites: list[LoraSite], **options: Any
 ) -> Groups:
     """Return the sites, in groups whose statistics fit the budget, and what the method needs to know about each."""
-    if method.request is None:
+    if request is None:
         return [(sites, {})]
-    return collect_groups(model, sites, batches, method.request, memory_budget=memory_budget, progress=progress)
+    return collect_groups(model, sites, batches, request, **options)
 
 
 def rank_rule(ranks: Rule | RankRule, method: Method) -> RankRule:

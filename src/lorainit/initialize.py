@@ -47,6 +47,8 @@ def initialize(
     max_batches: int | None = None,
     memory_budget: int | str | None = None,
     ranks: Rule | RankRule = "fixed",
+    micro_batch: int | None = None,
+    offload: bool = False,
     on_unsupported: Literal["error", "default"] = "error",
     progress: bool = True,
 ) -> InitReport:
@@ -73,6 +75,9 @@ def initialize(
             for the sum of those ranks (``"budget"``), for that many parameters (``"cost"``), or every layer takes what
             holds 90 % of its energy (``"energy"``); `lorainit.RankRule` has the options. The scaling of a layer stays;
             a layer that gets rank 0 loses its adapter. Only for methods whose start is a list of components.
+        micro_batch: rows of a batch that run at a time while statistics are collected: less memory for activations, the
+            same statistics (the loss of a batch must be a mean over its terms, as in Transformers' models).
+        offload: keep statistics in CPU memory while the model runs on an accelerator.
         on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
             out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
             a warning and a row in the report.
@@ -110,9 +115,12 @@ def initialize(
             batches = usable_batches(method, data, max_batches)
             fit = _fit(model, sites, method, batches, seed, progress)
             rows: dict[str, LayerReport] = {}
-            collecting = functools.partial(
-                layer_groups, model, method, batches, memory_budget=parse_bytes(memory_budget), progress=progress
-            )
+            collection = {"memory_budget": parse_bytes(memory_budget), "micro_batch": micro_batch, "offload": offload}
+            collection |= {"progress": progress}
+            request = method.request and method.request.seeded(seed)
+            if rule.rule != "fixed" and request is not None:  # the worth of every component, not of the leading ones
+                request = dataclasses.replace(request, sketch=None)
+            collecting = functools.partial(layer_groups, model, request, batches, **collection)
             groups = collecting(sites)
             if rule.rule != "fixed":
                 bare = {site.name: _without_rank(site) for site in sites}

@@ -24,12 +24,12 @@ import torch
 from .._typing import Float, Tensor
 from ..linalg import SVD, canonical_signs, randomized_svd, require_rank
 from ..sites import LoraSite
-from ..solvers import spectral_norm
+from ..solvers import damped_cholesky, spectral_norm
 from ..statistics.batches import MaskKind
 from ..statistics.collect import Request
 from ..statistics.layer import LayerStatistics
 from .gradient import collected, naming, require_signal
-from .guidance import Guidance, curvature, held_out_damping
+from .guidance import Factorize, Guidance, curvature, held_out_damping
 from .lora_da_types import Mode, Options, Solution
 from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
 
@@ -64,6 +64,7 @@ def solve(
     halves: tuple[Tensor, Tensor] | None = None,
     sequence_gradients: Float[Tensor, "n out"] | None = None,
     generator: torch.Generator | None = None,
+    factorize: Factorize = damped_cholesky,
     dense_up_to: int = 512,
     double_up_to: int = 2048,
 ) -> Solution:
@@ -83,6 +84,7 @@ def solve(
         sequence_gradients: the authors' switch for a full output factor, see `curvature`.
         generator: source of the search's start (default: a fresh one with seed 0); the result depends on it no further
             than the solver's tolerance.
+        factorize: what factorizes Z, given it in the dtype of the solution and λ_z.
         dense_up_to: with that many inputs or fewer the eigenvectors come from a dense Ω, else from products alone.
         double_up_to: wider inputs are solved in the dtype of Z, at least float32, if λ_z is at least mean(diag Z)/1000;
             else in float64.
@@ -103,6 +105,7 @@ def solve(
         halves=halves,
         sequence_gradients=sequence_gradients,
         generator=generator,
+        factorize=factorize,
         double_up_to=double_up_to,
     )
     curved, delta, options = posed.guidance.curvature, posed.delta, posed.options
@@ -163,6 +166,7 @@ def pose(
     halves: tuple[Tensor, Tensor] | None = None,
     sequence_gradients: Float[Tensor, "n out"] | None = None,
     generator: torch.Generator | None = None,
+    factorize: Factorize = damped_cholesky,
     double_up_to: int = 2048,
 ) -> Posed:
     """Return the eigenproblem of a layer; arguments and errors are those of `solve`."""
@@ -183,7 +187,7 @@ def pose(
     narrow = gradient.device.type == "mps" or (safe and len(Z) > double_up_to)
     dtype = torch.promote_types(Z.dtype, torch.float32) if narrow else torch.float64
     G, Z, y = gradient.to(dtype), Z.to(dtype), y.to(dtype)
-    curved = curvature(Z, y, *dampings, tokens_per_sample=T, sequence_gradients=sequence_gradients)
+    curved = curvature(Z, y, *dampings, tokens_per_sample=T, sequence_gradients=sequence_gradients, factorize=factorize)
     delta = curved.displacement(G)
     generator = generator or torch.Generator().manual_seed(0)
     left = randomized_svd(delta, min(2 * rank, *delta.shape), generator=generator).U
@@ -300,9 +304,17 @@ class LoRADA(Options, Method):
         return sums["weight_gradient"] / n, *moments
 
     def _counts(self, site: LoraSite, statistics: LayerStatistics) -> dict[str, Any]:
-        """Return the numbers of samples, and the gradients of the two halves of the data where they are needed."""
+        """Return the numbers of samples, what factorizes Z, and the gradients of the halves where they are needed."""
         n, M = statistics.sequences, statistics.tokens
-        counts = {"num_samples": self.training_samples, "tokens_per_sample": M / n, "calibration_samples": n}
+        counts: dict[str, Any] = {
+            "num_samples": self.training_samples,
+            "tokens_per_sample": M / n,
+            "calibration_samples": n,
+        }
+        # one factorization for all layers with this input
+        counts["factorize"] = lambda Z, damping: statistics.shared.once(
+            ("lora-da", Z.dtype, damping), lambda: damped_cholesky(Z, damping)
+        )
         if not self.halved:
             return counts
         if n < 2:  # noqa: PLR2004
