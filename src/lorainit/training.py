@@ -18,6 +18,7 @@ from .cost import measure
 from .errors import LoraInitError, NonFiniteError
 from .initialize import initialize
 from .methods import Method, get_method
+from .methods.method import TrainedMethod
 from .report import InitReport
 from .tasks import DataOptions, Task, fingerprint, get_task
 
@@ -170,7 +171,7 @@ def start(recipe: Recipe) -> InitReport:
     set_seed(recipe.seed)
     model, tokenizer, fresh = load_base(recipe.model, task, recipe.dtype)
     rows = None
-    if method.request is not None:
+    if method.request is not None or isinstance(method, TrainedMethod):
         rows = task.encode(task.load_data(recipe.data, recipe.seed)[0], tokenizer, recipe.data.max_length)
     model = add_lora(model, task, recipe.lora, fresh)
     report = _start(model, method, recipe, rows, task.collator(tokenizer))

@@ -7,6 +7,7 @@ import difflib
 from typing import Any
 
 from ..errors import LoraInitError
+from .abm import ABMLoRA
 from .ag_lora import AGLoRA
 from .cntlora import CNTLoRA
 from .corda import CorDA
@@ -98,5 +99,5 @@ def get_method(method: str | Method, **options: Any) -> Method:
 
 _DATA_FREE = (Kaiming, Gaussian, Orthogonal, InitAB, PiSSA, MiLoRA, OLoRA, LoRAM)
 _DATA_DRIVEN = (LoRADA, CNTLoRA, EVA, CorDA, LoRAGA, LoRAOne, AGLoRA)
-for _cls in (*_DATA_FREE, *_DATA_DRIVEN):
+for _cls in (*_DATA_FREE, *_DATA_DRIVEN, ABMLoRA):
     register(_cls)

@@ -260,7 +260,7 @@ class _Watch:
         Raises:
             LoraInitError: there is padding, and the layer's positions cannot be matched with the mask.
         """
-        mask = self._masks.get("decoder" if _reads_decoder(site.name) else "input")
+        mask = self._masks.get("decoder" if reads_decoder(site.name) else "input")
         if mask is None or bool(mask.all()) or site.kind == "conv":
             return rows
         if rows.shape[0] == mask.numel():
@@ -355,7 +355,7 @@ def _output_positions(site: LoraSite, gradient: Tensor) -> Tensor:
     return gradient.movedim(1, -1).reshape(-1, site.out_features)
 
 
-def _reads_decoder(name: str) -> bool:
+def reads_decoder(name: str) -> bool:
     """Say whether a layer of an encoder-decoder reads decoder positions; cross-attention keys and values do not."""
     parts = name.lower().split(".")
     cross = any(p in ("encdecattention", "encoder_attn", "crossattention") for p in parts)
