@@ -80,7 +80,9 @@ def descend(stage: Stage, *, progress: bool) -> Course:
         with stage.student(options.train_mode):
             losses = stage.losses(fed, targets, lambda found, step=step: _backward(stage, found, step))
         values = {call: float(loss.detach()) for call, loss in losses.items()}
-        course.curve.append(float(stage.total({call: torch.tensor(v) for call, v in values.items()})))
+        course.curve.append(
+            float(stage.total({call: torch.tensor(v, dtype=torch.float64) for call, v in values.items()}))
+        )
         if step == 0:
             course.frozen = _freeze_unreached(stage)
         # AdamW would still decay the weights of a start that has nothing to match
@@ -107,8 +109,8 @@ def _backward(stage: Stage, losses: Mapping[Call, Tensor], step: int) -> None:
     if not torch.isfinite(total):
         broken = next((k for (k, _), loss in losses.items() if not torch.isfinite(loss)), 0)
         raise NonFiniteError(
-            f"stage 1, step {step}: the boundary loss is {float(total)} at '{stage.matching.sites[broken].name}'; is "
-            "there NaN in the data, or is the learning rate too high?"
+            f"stage 1, step {step}: the boundary loss is {float(total.detach())} at "
+            f"'{stage.matching.sites[broken].name}'; is there NaN in the data, or is the learning rate too high?"
         )
     if not total.requires_grad:
         _raise_unreached(stage)

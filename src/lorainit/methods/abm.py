@@ -134,7 +134,10 @@ class ABMLoRA(Options, TrainedMethod):
 
     def _remarks(self, details: dict[str, Any]) -> Iterator[str]:
         """Yield what the user should know about the outcome."""
-        base = self.teacher == "base" and self.loss == "hinge" and not self.train_mode
+        base = self.teacher == "base" and self.loss == "hinge"
+        if base and self.train_mode:
+            yield "teacher='base' in train mode: what is matched is mostly the student's own dropout"
+            return
         matched = all(s["agreement"] == 1 for s in details["before"].get("train", {}).get("sites", {}).values())
         if base and matched and (self.margin == 0 or self.margin_kind == "clipped"):
             yield (
@@ -146,8 +149,6 @@ class ABMLoRA(Options, TrainedMethod):
                 "teacher='base' and a start that computes the same: all signs agree already, so this only pushes "
                 "pre-activations away from zero; pass a trained teacher to align with something"
             )
-        if base and self.margin > 0 and self.train_mode:
-            yield "teacher='base' in train mode: most of the loss is the student's own dropout"
 
 
 @contextlib.contextmanager
