@@ -86,7 +86,7 @@ class RandomB(lorainit.Method):
     def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
         """Return A and the scaled B."""
         A, _ = kaiming.factors(site.out_features, site.in_features, site.rank, generator=generator)
-        B = torch.randn(site.out_features, site.rank, generator=generator)
+        B = torch.randn(site.out_features, site.rank, generator=generator)  # B = 0 where stage 1 reached nothing
         return Factors(A, B * (self.sizes[site.name] * site.weight_norm / (site.scaling * product_norm(A, B))))
 
 
@@ -181,7 +181,7 @@ def method_of(job: Job) -> tuple[str, dict[str, Any]]:
     if job.arm == "random-b":
         done = Job("start", job.task, job.seed, "abm-own-kaiming").folder / "lorainit.json"
         details = json.loads(done.read_text())["start"]["details"] if done.exists() else {}
-        return "grid-random-b", {"sizes": {k: v for k, v in details.get("drift", {}).items() if v > 0}}
+        return "grid-random-b", {"sizes": details.get("drift", {})}
     teacher, origin = ("own", "kaiming") if job.arm == "mse" else job.arm.split("-")[1:]
     source = (
         "base"

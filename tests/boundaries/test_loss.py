@@ -128,6 +128,13 @@ def test_half_precision_is_measured_in_single() -> None:
     assert float(loss.detach()) == pytest.approx(float(plain(z.detach().float(), teacher.float(), 0.5)), rel=1e-6)
 
 
+def test_a_mean_over_a_million_half_precision_entries_keeps_its_gradient() -> None:
+    z = torch.zeros(1024, 1024, dtype=torch.float16, requires_grad=True)
+    (site_loss(z, target(torch.ones_like(z), 0.5)) * 2**16).backward()
+    assert z.grad is not None
+    torch.testing.assert_close(z.grad, torch.full_like(z, -(2**16) / 2**20), rtol=1e-3, atol=0)
+
+
 def test_weights() -> None:
     assert layer_weights(6) == pytest.approx([j / 36 for j in (1, 4, 9, 16, 25, 36)], rel=1e-15)
     assert layer_weights(4, "uniform") == (1, 1, 1, 1)

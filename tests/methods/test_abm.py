@@ -364,6 +364,20 @@ def test_half_precision_adapters_train_in_single_and_are_rounded_once() -> None:
     assert all(p.dtype == torch.float32 for p in wide.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_base_moves_as_the_single_precision_one(dtype) -> None:
+    method = ABMLoRA(steps=3, optimizer="sgd", learning_rate=1e-2, margin=2.0, layers="all")
+    data = LLAMA.batches() * 10
+    curves, moved = [], []
+    for kind in (torch.float32, dtype):
+        model = LLAMA.adapted(kind)
+        report = cases.start(model, method, data=data)
+        curves.append(report.details["loss_curve"])
+        moved.append(torch.cat([B.flatten() for _, B in factors(model).values()]))
+    assert curves[1] == pytest.approx(curves[0], rel=3e-2)
+    assert float((moved[1] - moved[0]).norm() / moved[0].norm()) < (0.1 if dtype == torch.float16 else 0.3)
+
+
 def test_train_mode_runs_the_students_dropout_from_the_seed_alone() -> None:
     case = dataclasses.replace(LLAMA, make=lambda: cases.llama(attention_dropout=0.5))
     curves = []

@@ -25,6 +25,7 @@ from .stage import Stage
 _CERTIFIED_STEPS = 5
 _KL_EVERY = 10
 _PLATEAU = 0.01
+_FLOAT16_SCALE = 2.0**16
 
 
 @dataclasses.dataclass
@@ -114,7 +115,14 @@ def _backward(stage: Stage, losses: Mapping[Call, Tensor], step: int) -> None:
         )
     if not total.requires_grad:
         _raise_unreached(stage)
-    total.backward()
+    if not stage.half:
+        total.backward()
+        return
+    # float16 holds nothing below 6e-8, and the gradient of a mean over a million entries is about that
+    (total * _FLOAT16_SCALE).backward()
+    for parameter in trained(stage.sites):
+        if parameter.grad is not None:
+            parameter.grad.div_(_FLOAT16_SCALE)
 
 
 def _raise_unreached(stage: Stage) -> None:

@@ -87,15 +87,17 @@ class _MeanHinge(torch.autograd.Function):
         count = z.numel() if keep is None else int(keep.sum()) * z.shape[-1]
         loss = slack.square().sum() / count
         if ctx.needs_input_grad[0]:
-            gradient = torch.where(active, -slack, slack).mul_(2 / count)
-            ctx.save_for_backward(gradient.to(z.dtype))
+            # not yet divided by the count, which would drown in a half-precision z
+            ctx.save_for_backward(torch.where(active, -slack, slack).to(z.dtype))
+            ctx.factor = 2 / count
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None, None
+        scaled = upstream * ctx.factor
+        return (gradient.to(scaled.dtype) * scaled).to(gradient.dtype), None, None, None
 
 
 def _slack(z: Tensor, active: Tensor, margin: float | Tensor, keep: Tensor | None) -> Tensor:

@@ -68,6 +68,7 @@ class Stage:
         self.adapter = sites[0].adapter
         self.device = next(model.parameters()).device
         self.autocast: torch.dtype | None = getattr(torch, options.autocast) if options.autocast else None
+        self.half = torch.float16 in (self.autocast, *(p.dtype for p in model.parameters()))
         rows = read_rows(data, options.samples, model)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
         held = min(options.held_out, len(rows) // 4)
