@@ -12,6 +12,7 @@ from .checkpoint import export, load, merge, save_pretrained
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from .initialize import initialize
 from .methods import Factors, Method, MethodInfo, available, get_method, register
+from .methods.abm import ABMLoRA
 from .methods.ag_lora import AGLoRA
 from .methods.cntlora import CNTLoRA
 from .methods.corda import CorDA
@@ -34,6 +35,7 @@ from .sites import LoraSite, find_sites
 from .version import __version__
 
 __all__ = [
+    "ABMLoRA",
     "AGLoRA",
     "CNTLoRA",
     "CorDA",

@@ -108,6 +108,24 @@ def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
     return True
 
 
+def write_factors(site: LoraSite, factors: Factors) -> None:
+    """Write factors into an adapter that has been started, and is remembered, already; an offset stays as it is.
+
+    Raises:
+        NonFiniteError: they are not finite in the adapter's dtype.
+        UnsupportedLayerError: both are zero there.
+    """
+    trained = [offset.trained_factor(module) for module in (site.lora_A, site.lora_B)]
+    stored = [factor.to(old).reshape(old.shape) for factor, old in zip(factors, trained, strict=True)]
+    if not all(bool(torch.isfinite(factor).all()) for factor in stored):
+        raise NonFiniteError(f"layer '{site.name}': the start is not finite in the adapter's {trained[0].dtype}")
+    if not any(bool(factor.any()) for factor in stored):
+        raise UnsupportedLayerError(f"layer '{site.name}': the start is dead: A = B = 0 in the adapter's dtype")
+    with torch.no_grad():
+        for parameter, factor in zip(trained, stored, strict=True):
+            parameter.copy_(factor)
+
+
 def _check_start(site: LoraSite, largest_A: float, largest_B: float) -> None:
     """Raise unless the factors, as the adapter would hold them, can train and are all that the adapter adds.
 

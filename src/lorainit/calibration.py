@@ -37,7 +37,7 @@ def usable_batches(method: Method, data: Iterable[Any] | None, max_batches: int 
     if method.request is None and not trained:
         return ()
     if data is None:
-        labels = ", with labels" if "backward" in method.info.needs else ""
+        labels = ", with labels" if method.request is not None and method.request.needs_gradients else ""
         raise LoraInitError(
             f"{method.info.name} needs calibration data: pass data=batches as the model takes them{labels}"
         )

@@ -135,7 +135,8 @@ def _add_init(parser: Any) -> None:
     from .training import Recipe
 
     parser.add_argument("--config", action="config", help="recipe: a YAML file; later options override it")
-    parser.add_class_arguments(Recipe, as_group=False, skip={"train", "start", "resume"})
+    # the training's part of a recipe is read too, so that one file serves `init` and `train`
+    parser.add_class_arguments(Recipe, as_group=False, skip={"start", "resume"})
     parser.set_defaults({"task": "text"})
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import checkpoint
-from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_start
+from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
 from .calibration import (
     layer_groups,
     own_precision,
@@ -103,7 +103,7 @@ def initialize(
     _check_choice("base", base, ("auto", *get_args(Base)))
     _check_choice("on_unsupported", on_unsupported, ("error", "default"))
     rule = rank_rule(ranks, method)
-    treatment: Base = base if base != "auto" else "offset" if method.info.product == "preserve" else "keep"
+    treatment: Base = base if base != "auto" else "offset" if method.product == "preserve" else "keep"
     sites, unsupported = find_sites(model, adapter_name)
     _check_startable(model, adapter_name, sites, unsupported, method, on_unsupported)
     if treatment == "subtract":
@@ -113,7 +113,6 @@ def initialize(
     with all_or_nothing() as undo:
         with measure() as cost:
             batches = usable_batches(method, data, max_batches)
-            fit = _fit(model, sites, method, batches, seed, progress)
             rows: dict[str, LayerReport] = {}
             collection = {"memory_budget": parse_bytes(memory_budget), "micro_batch": micro_batch, "offload": offload}
             collection |= {"progress": progress}
@@ -130,7 +129,7 @@ def initialize(
             bar = tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False)
             for group, statistics in groups:
                 for site in group:
-                    known = fit.starts.get(site.name) or statistics.pop(site.name, None)
+                    known = statistics.pop(site.name, None)
                     try:
                         rows[site.name] = _start_layer(site, method, seed, treatment, undo, known)
                     except UnsupportedLayerError as error:
@@ -139,6 +138,11 @@ def initialize(
                         unsupported[site.name] = str(error)
                     bar.update()
             bar.close()
+            started = [site for site in sites if site.name in rows]
+            fit = _fit(model, started, method, batches, seed, progress)
+            for site in started:
+                if site.name in fit.starts:
+                    rows[site.name] = _move(site, rows[site.name], fit.starts[site.name])
         for name, layer in layers:
             if name in unsupported:
                 rows[name] = _left_alone(name, layer, adapter_name, unsupported[name])
@@ -153,6 +157,7 @@ def initialize(
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
             ranks=dataclasses.asdict(rule),
+            warnings=fit.warnings,
             details=fit.details,
         )
         for name, reason in unsupported.items():
@@ -199,13 +204,13 @@ def _fit(
     model: nn.Module, sites: list[LoraSite], method: Method, batches: Iterable[Any], seed: int, progress: bool
 ) -> Fit:
     """Return what the method's short training came to; nothing for a method without one."""
-    if not isinstance(method, TrainedMethod):
+    if not (isinstance(method, TrainedMethod) and sites):
         return Fit({}, {})
     return method.fit(model, sites, batches, seed=seed, progress=progress)
 
 
 def _start_layer(
-    site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, known: LayerStatistics | Factors | None
+    site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, known: LayerStatistics | None
 ) -> LayerReport:
     """Compute the start of one layer, unless it is known already, and write it."""
     begin = time.perf_counter()
@@ -213,8 +218,7 @@ def _start_layer(
     with own_precision(site.device):
         with warnings.catch_warnings(record=True) as remarks:  # they belong in this layer's row
             warnings.simplefilter("always")
-            found = isinstance(known, Factors)
-            start = known if found else start_layer(method, site, layer_generator(seed, site.name), known)
+            start = start_layer(method, site, layer_generator(seed, site.name), known)
         held = write_start(site, start, base, undo)
         size = site.scaling * product_norm(*site.factors())
     return LayerReport(
@@ -228,6 +232,17 @@ def _start_layer(
         seconds=time.perf_counter() - begin,
         extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
         warnings=(*(str(r.message) for r in remarks), *_layer_warnings(site, size, weight_norm, base)),
+    )
+
+
+def _move(site: LoraSite, row: LayerReport, factors: Factors) -> LayerReport:
+    """Write the factors that a short training came to over the start; what was frozen or subtracted stays."""
+    write_factors(site, factors)
+    size, norm = site.scaling * product_norm(*site.factors()), site.weight_norm
+    base = "keep" if row.base == "none" and size > 0 else row.base
+    remarks = (*row.warnings, *_layer_warnings(site, size, norm, "keep")) if base == "keep" else row.warnings
+    return dataclasses.replace(
+        row, base=base, relative_size=size / norm if norm > 0 else None, warnings=tuple(dict.fromkeys(remarks))
     )
 
 
@@ -268,6 +283,7 @@ def _left_alone(name: str, layer: LoraLayer, adapter_name: str, reason: str) -> 
 
 
 def _options(method: Method) -> dict[str, Any]:
-    """Return a method's options as JSON types; a nested method becomes its name and options."""
+    """Return a method's options as JSON types; a nested method becomes its name and options, a module its class."""
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    options = {k: type(v).__name__ if isinstance(v, nn.Module) else v for k, v in options.items()}
     return {k: {"method": v.info.name, **_options(v)} if isinstance(v, Method) else v for k, v in options.items()}

@@ -87,7 +87,7 @@ def test_a_layer_that_no_loss_depends_on_is_named():
     assert weight.shape  # q and v of that block have no influence, its MLP has
     lost = {f"model.layers.1.self_attn.{p}_proj" for p in "qv"}
     assert set(report.details["unmoved"]) == lost
-    assert {row.name for row in report.layers if row.warnings} == lost
+    assert all(any(f"'{name}'" in warning for warning in report.warnings) for name in lost)
 
 
 @pytest.mark.parametrize("after", [0, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import (
+    abm,
     ag_lora,
     cntlora,
     corda,
@@ -27,6 +28,7 @@ __all__ = [
     "Factors",
     "Method",
     "MethodInfo",
+    "abm",
     "ag_lora",
     "available",
     "cntlora",

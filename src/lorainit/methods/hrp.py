@@ -17,7 +17,6 @@ import copy
 import dataclasses
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -109,12 +108,13 @@ class HRP(TrainedMethod):
             except ValueError:
                 unmoved.append(site.name)
         ranks = {name: offset.trained_factor(pair[0]).shape[0] for name, pair in pairs.items()}
-        return Fit(starts, {"steps": self.steps, "losses": losses, "preheat_ranks": ranks, "unmoved": unmoved})
+        details = {"steps": self.steps, "losses": losses, "preheat_ranks": ranks, "unmoved": unmoved}
+        warned = tuple(f"the preheating gave layer '{name}' no directions: plain LoRA start" for name in unmoved)
+        return Fit(starts, details, warned)
 
     def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
-        """Return the plain LoRA start, for a layer that the preheating did not move."""
+        """Return the plain LoRA start, which a layer keeps that the preheating does not move."""
         require_rank_at_most_min(site)
-        warnings.warn("the preheating gave this layer no directions: it starts as in plain LoRA", stacklevel=2)
         return kaiming.factors(site.out_features, site.in_features, site.rank, generator=generator)
 
     def _rank(self, site: LoraSite) -> int:

@@ -66,6 +66,11 @@ class Method(abc.ABC):
         """What has to be collected from calibration data: the class's ``streams``; None for a data-free method."""
         return Request(self.streams) if self.streams else None
 
+    @property
+    def product(self) -> Product:
+        """What the start's BA means for the base: the class's ``info.product``, unless an option decides it."""
+        return self.info.product
+
     @abc.abstractmethod
     def start(self, *args: Any, **kwargs: Any) -> Factors:
         """Return the start of one layer: ``start(site, generator)``, or ``start(site, generator, statistics)``.
@@ -102,19 +107,22 @@ class Fit(NamedTuple):
     """What a short training came to.
 
     Attributes:
-        starts: the factors by layer name; a layer that is missing here is left to `Method.start`.
+        starts: the factors by layer name; a layer that is missing here stays where `Method.start` has put it.
         details: what happened on the way, as JSON types; it becomes the report's ``details``.
+        warnings: what concerns the whole adapter; they become the report's.
     """
 
     starts: dict[str, Factors]
     details: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedMethod(Method):
     """A start that is found by training the adapters for a few steps before the training proper.
 
-    `Method.start` is then the point of one layer from which that short training sets out.
+    `Method.start` is then the point of one layer from which that short training sets out. What happens to the base is
+    decided there: an offset start freezes *that* point's B₀A₀, so that all the training adds takes effect.
     """
 
     @abc.abstractmethod
@@ -124,8 +132,8 @@ class TrainedMethod(Method):
         """Train for a few steps and return the factors; the model, its adapters included, is left as it was.
 
         Args:
-            model: the model that holds the sites.
-            sites: the layers to start.
+            model: the model that holds the sites, started with `Method.start`.
+            sites: the layers that were started.
             data: batches as the model takes them; it may be iterated more than once.
             seed: of everything random.
             progress: show a progress bar.
