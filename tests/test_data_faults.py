@@ -12,6 +12,8 @@ from cases import CONV, DATA_DRIVEN, LLAMA, Case, Net
 from lorainit import LoraInitError, NonFiniteError
 
 each_method = pytest.mark.parametrize("method", DATA_DRIVEN)
+# methods whose start has a component for every direction, because it is damped or trained: nothing to remedy
+FULL = ("corda", "ag-lora", "cntlora", "lora-da", "hrp", "abm")
 NEEDS = {info.name: info.needs for info in lorainit.available()}
 
 
@@ -56,7 +58,7 @@ def test_batches_that_cannot_be_run(method, data, message):
 def test_a_number_that_is_none_is_located(method):
     good, bad = CONV.batches()[0], CONV.batches()[0]
     bad["pixel_values"][0, 0, 0, 0] = torch.nan
-    where = "batch 1" if "training" not in NEEDS[method] else "step 1"
+    where = "batch 1" if "training" not in NEEDS[method] else r"step \d"  # a training may take them in its own order
     refused(CONV, method, [good, bad], NonFiniteError, where)
 
 
@@ -91,5 +93,4 @@ def test_fewer_directions_than_the_rank_give_a_remedy_in_the_report_or_an_error(
         A, B = site.factors()
         assert A.isfinite().all() and B.isfinite().all()
         assert bool(A.any(dim=1).all() or B.any(dim=0).all())  # no component is dead
-    # methods whose start has a component for every direction of a weight, damped, have nothing to remedy
-    assert any(row.warnings for row in report.layers) or method in ("corda", "ag-lora", "cntlora", "lora-da", "hrp")
+    assert any(row.warnings for row in report.layers) or method in FULL

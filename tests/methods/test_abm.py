@@ -497,7 +497,7 @@ def other_base(tmp_path, **sizes) -> str:
         ({"learning_rate": 1e200, "steps": 5}, "stage 1, step 1: the boundary loss is (nan|inf)"),
         ({"origin": "eva", "max_kl": 1e-9, "learning_rate": 1e300}, "boundary loss|not finite"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_what_cannot_be_is_one_clear_error_and_the_model_is_as_before(tmp_path, options, message) -> None:
     model = taught()
