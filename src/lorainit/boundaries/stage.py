@@ -74,7 +74,7 @@ class Stage:
         held = min(options.held_out, len(rows) // 4)
         self.train_batches = self._batches([rows[i] for i in order if i < len(rows) - held])
         self.held_out_batches = self._batches(rows[len(rows) - held :]) if held else []
-        seen = self._trace(self.train_batches[0])
+        seen = self._trace(rows[order[0]])
         self.matching = match(model, seen, options.sites, options.layers, options.scope, options.weights)
         names = {site.name for site in self.matching.sites}
         last = max(i for i, name in enumerate(seen.calls) if name in names)

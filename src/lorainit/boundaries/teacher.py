@@ -69,7 +69,9 @@ def find_teacher(model: nn.Module, teacher: Any, student: str, reached: set[str]
             "nor a folder"
         )
     updates, warnings = _read_updates(model, Path(teacher), reached)
-    return Teacher("folder", model, lambda: _folder_on_base(model, updates), warnings)
+    named = layers_of(model)
+    places = [(_base_layer(named[name]), update) for name, update in updates.items()]
+    return Teacher("folder", model, lambda: _folder_on_base(model, places), warnings)
 
 
 @contextlib.contextmanager
@@ -79,13 +81,11 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _folder_on_base(model: nn.Module, updates: dict[str, _Update]) -> Iterator[None]:
+def _folder_on_base(model: nn.Module, places: list[tuple[nn.Module, _Update]]) -> Iterator[None]:
     """Add a folder's low-rank updates to the outputs of the base layers."""
-    named = layers_of(model)
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(switches.adapter(model, None))
-        for name, update in updates.items():
-            base = _base_layer(named[name])
+        for base, update in places:
             hooks.callback(base.register_forward_hook(update.added).remove)
         yield
 

@@ -82,12 +82,12 @@ class _Lineage(TorchFunctionMode):
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return {name in the base model: module} of all modules, what lies inside a LoRA layer left out."""
     found: dict[str, nn.Module] = {}
-    inside: list[str] = []
+    inside = None  # children come right after their parent, so one prefix is enough
     for path, module in model.named_modules():
-        if any(path.startswith(prefix) for prefix in inside):
+        if inside is not None and path.startswith(inside):
             continue
         if isinstance(module, LoraLayer):
-            inside.append(path + ".")
+            inside = path + "."
         found[site_name(path)] = module  # pyright: ignore[reportArgumentType]
     return found
 
