@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import re
 import time
 import warnings
@@ -29,6 +30,7 @@ from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
 from .statistics import LayerStatistics
 from .statistics.collect import collect_groups
+from .statistics.store import collect_cached
 
 
 def initialize(
@@ -43,6 +45,7 @@ def initialize(
     memory_budget: int | str | None = None,
     micro_batch: int | None = None,
     offload: bool = False,
+    cache: str | os.PathLike[str] | None = None,
     on_unsupported: Literal["error", "default"] = "error",
     progress: bool = True,
 ) -> InitReport:
@@ -68,6 +71,9 @@ def initialize(
         micro_batch: rows of a batch that run at a time while statistics are collected: less memory for activations, the
             same statistics (the loss of a batch must be a mean over its terms, as in Transformers' models).
         offload: keep statistics in CPU memory while the model runs on an accelerator.
+        cache: where statistics are saved, and found again when the model, the data and what is needed are the same: a
+            folder; or a file (``.safetensors``), which may stand in for ``data``. A damaged file, or one of another
+            model or other data, is an error. The report's ``details`` name the file. Not with ``memory_budget``.
         on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
             out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
             a warning and a row in the report.
@@ -100,11 +106,13 @@ def initialize(
 
     with all_or_nothing() as undo:
         with measure() as cost:
-            batches = _batches(method, data, max_batches)
-            fit = _fit(model, sites, method, batches, seed, progress)
+            saved: dict[str, Any] = {}
+            stands_in = data is None and cache is not None and not isinstance(method, TrainedMethod)
+            batches = None if stands_in else _batches(method, data, max_batches)
+            fit = _fit(model, sites, method, () if batches is None else batches, seed, progress)
             rows: dict[str, LayerReport] = {}
             collection = {"memory_budget": parse_bytes(memory_budget), "micro_batch": micro_batch, "offload": offload}
-            collection |= {"progress": progress}
+            collection |= {"progress": progress, "cache": cache, "saved": saved}
             bar = tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False)
             for group, statistics in _groups(model, sites, method, batches, seed, collection):
                 for site in group:
@@ -131,7 +139,7 @@ def initialize(
             layers=tuple(rows[name] for name, _ in layers),
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
-            details=fit.details,
+            details=fit.details | saved,
         )
         for name, reason in unsupported.items():
             warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=2)
@@ -205,14 +213,21 @@ def _groups(
     model: nn.Module,
     sites: list[LoraSite],
     method: Method,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None,
     seed: int,
     options: dict[str, Any],
 ) -> Iterable[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
     """Return the sites, in groups whose statistics fit the budget, and what the method needs to know about each."""
     if method.request is None:
         return [(sites, {})]
-    return collect_groups(model, sites, batches, method.request.seeded(seed), **options)
+    request, cache, saved = method.request.seeded(seed), options.pop("cache"), options.pop("saved")
+    if cache is None:
+        return collect_groups(model, sites, () if batches is None else batches, request, **options)
+    if options["memory_budget"] is not None:
+        raise LoraInitError("cache keeps the statistics of all layers together: it does not go with memory_budget")
+    batches = list(batches) if isinstance(batches, Iterator) else batches
+    found, saved["statistics"] = collect_cached(model, sites, batches, request, cache, **options)
+    return [(sites, found)]
 
 
 def parse_bytes(amount: int | str | None) -> int | None:

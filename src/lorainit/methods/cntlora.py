@@ -31,7 +31,7 @@ from .sketching import (
     chosen_sketch,
     input_sketch,
     require_sketch_option,
-    warn_unsettled,
+    warn_if_missed,
 )
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ class CNTLoRA(Method):
         found, total = plain, power
         if self.moment == "centred":
             found, total = nystrom(centred_sketch(sketch, test, mean), test, noise=noise), power - float(mean @ mean)
-        warn_unsettled(sketch.double(), test, plain, self.top_k, noise=noise)
+        warn_if_missed(sketch, plain, self.top_k)
         n, k = len(sketch), self.top_k
         values, vectors = found.values[:k].to(dtype), found.vectors[:, :k].to(dtype)
         root = (plain.vectors * plain.values.sqrt()).to(dtype)
