@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +24,18 @@ from .ranks import RankRule, Rule, allocate
 from .resize import resize
 from .sites import LoraSite
 from .statistics import LayerStatistics, Request
-from .statistics.collect import collect_groups
+from .statistics.collect import collect, collect_groups
+from .statistics.pairs import collect_pairs
+from .statistics.store import collect_cached
 
-Groups = Iterable[tuple[list[LoraSite], dict[str, LayerStatistics]]]
+Known = tuple[LayerStatistics, ...]  # of the data, and of the data to compare them with if there are any
+Groups = Iterable[tuple[list[LoraSite], dict[str, Known]]]
 
 
-def usable_batches(method: Method, data: Iterable[Any] | None, max_batches: int | None) -> Iterable[Any]:
-    """Return the batches that the method may use; none for a data-free method.
+def usable_batches(
+    method: Method, data: Iterable[Any] | None, max_batches: int | None, *, cached: bool
+) -> Iterable[Any] | None:
+    """Return the batches that the method may use; nothing for a data-free one, None where saved statistics stand in.
 
     Raises:
         LoraInitError: it needs data, and there are none.
@@ -37,22 +44,81 @@ def usable_batches(method: Method, data: Iterable[Any] | None, max_batches: int 
     if method.request is None and not trained:
         return ()
     if data is None:
+        if cached and not trained:
+            return None
         labels = ", with labels" if method.request is not None and method.request.needs_gradients else ""
         raise LoraInitError(
             f"{method.info.name} needs calibration data: pass data=batches as the model takes them{labels}"
         )
-    if max_batches is not None or isinstance(data, Iterator):
-        return itertools.islice(data, max_batches) if not trained else list(itertools.islice(data, max_batches))
-    return data
+    if max_batches is None and not isinstance(data, Iterator):
+        return data
+    few = itertools.islice(data, max_batches)
+    again = trained or cached or method.comparison == "pairs"  # these are run more than once
+    return list(few) if again else few
 
 
 def layer_groups(
-    model: nn.Module, request: Request | None, batches: Iterable[Any], sites: list[LoraSite], **options: Any
-) -> Groups:
-    """Return the sites, in groups whose statistics fit the budget, and what the method needs to know about each."""
+    model: nn.Module,
+    method: Method,
+    request: Request | None,
+    batches: Iterable[Any] | None,
+    proxies: Iterable[Any] | None,
+    sites: list[LoraSite],
+    *,
+    cache: str | os.PathLike[str] | None,
+    saved: dict[str, Any],
+    **options: Any,
+) -> Iterator[tuple[list[LoraSite], dict[str, Known]]]:
+    """Yield the sites, in groups whose statistics fit the budget, and what the method needs to know about each.
+
+    Args:
+        model: the model that holds the sites.
+        method: the method.
+        request: what it needs to know; None: nothing.
+        batches: the calibration data; None: the cache has to stand in.
+        proxies: the batches to compare them with.
+        sites: the layers.
+        cache: folder of saved statistics.
+        saved: takes what is to be told about them, as ``"statistics"``.
+        options: of `lorainit.statistics.collect_groups`.
+
+    Raises:
+        LoraInitError: a cache together with a memory budget, or data to compare with that are missing or not wanted.
+    """
+    _check_proxies(method, batches, proxies)
     if request is None:
-        return [(sites, {})]
-    return collect_groups(model, sites, batches, request, **options)
+        yield sites, {}
+        return
+    if cache is None:
+        groups = collect_groups(model, sites, () if batches is None else batches, request, **options)
+    elif options["memory_budget"] is not None:
+        raise LoraInitError("cache keeps the statistics of all layers together: it does not go with memory_budget")
+    else:
+        found, saved["statistics"] = collect_cached(model, sites, batches, request, Path(cache), **options)
+        groups = [(sites, found)]
+    for group, statistics in groups:
+        seconds: dict[str, LayerStatistics] = {}
+        if proxies is not None and method.comparison == "pairs" and batches is not None:
+            seconds = collect_pairs(model, group, batches, proxies, request, progress=options["progress"])
+        elif proxies is not None:
+            seconds = collect(model, group, proxies, request, progress=options["progress"])
+        known = {name: (sums, seconds[name]) if seconds else (sums,) for name, sums in statistics.items()}
+        statistics.clear()  # so that what is popped from `known` is free
+        del seconds
+        yield group, known
+
+
+def _check_proxies(method: Method, batches: Iterable[Any] | None, proxies: Iterable[Any] | None) -> None:
+    """Raise unless there is a second set of batches just where the method compares with one."""
+    if proxies is None:
+        if method.comparison == "pairs" or getattr(method, "constraint", None) == "F1p":
+            raise LoraInitError(f"{method} compares with pre-training-like data: pass proxy_data=batches")
+        return
+    if method.comparison is None:
+        raise LoraInitError(f"{method} compares with no second set of batches: leave proxy_data out")
+    for name, given in (("data", batches), ("proxy_data", proxies)):
+        if isinstance(given, Iterator):
+            raise LoraInitError(f"{name} is read more than once here: pass a list or a DataLoader, not an iterator")
 
 
 def rank_rule(ranks: Rule | RankRule, method: Method) -> RankRule:
@@ -84,13 +150,12 @@ def share_out(
     Where all statistics are held at once they serve for the start as well; else the data are run a second time.
     """
     energies: dict[str, Tensor] = {}
-    held: dict[str, LayerStatistics] = {}
+    held: dict[str, Known] = {}
     for group, statistics in collecting(sites):
         for site in group:
-            known = (statistics[site.name],) if statistics else ()
             try:
                 with own_precision(site.device):
-                    energies[site.name] = method.energies(site, *known)
+                    energies[site.name] = method.energies(site, *statistics.get(site.name, ()))
             except UnsupportedLayerError:
                 if skip == "error":
                     raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 import warnings
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from . import checkpoint
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
 from .calibration import (
+    Known,
     layer_groups,
     own_precision,
     parse_bytes,
@@ -33,7 +35,6 @@ from .offset import is_attached
 from .ranks import RankRule, Rule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
-from .statistics import LayerStatistics
 
 
 def initialize(
@@ -49,6 +50,8 @@ def initialize(
     ranks: Rule | RankRule = "fixed",
     micro_batch: int | None = None,
     offload: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    proxy_data: Iterable[Any] | None = None,
     on_unsupported: Literal["error", "default"] = "error",
     progress: bool = True,
 ) -> InitReport:
@@ -78,6 +81,10 @@ def initialize(
         micro_batch: rows of a batch that run at a time while statistics are collected: less memory for activations, the
             same statistics (the loss of a batch must be a mean over its terms, as in Transformers' models).
         offload: keep statistics in CPU memory while the model runs on an accelerator.
+        cache: where statistics are saved, and found again when the model, the data and what is needed are the same: a
+            folder; or a file (``.safetensors``), which may stand in for ``data``. A damaged file, or one of another
+            model or other data, is an error. The report's ``details`` name the file. Not with ``memory_budget``.
+        proxy_data: batches like those of pre-training, for the constraints of `CNTLoRA` that compare with such.
         on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
             out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
             a warning and a row in the report.
@@ -112,14 +119,15 @@ def initialize(
     layers = lora_layers(model, adapter_name)
     with all_or_nothing() as undo:
         with measure() as cost:
-            batches = usable_batches(method, data, max_batches)
+            saved: dict[str, Any] = {}
+            batches = usable_batches(method, data, max_batches, cached=cache is not None)
             rows: dict[str, LayerReport] = {}
             collection = {"memory_budget": parse_bytes(memory_budget), "micro_batch": micro_batch, "offload": offload}
-            collection |= {"progress": progress}
+            collection |= {"progress": progress, "cache": cache, "saved": saved}
             request = method.request and method.request.seeded(seed)
             if rule.rule != "fixed" and request is not None:  # the worth of every component, not of the leading ones
                 request = dataclasses.replace(request, sketch=None)
-            collecting = functools.partial(layer_groups, model, request, batches, **collection)
+            collecting = functools.partial(layer_groups, model, method, request, batches, proxy_data, **collection)
             groups = collecting(sites)
             if rule.rule != "fixed":
                 bare = {site.name: _without_rank(site) for site in sites}
@@ -129,7 +137,7 @@ def initialize(
             bar = tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False)
             for group, statistics in groups:
                 for site in group:
-                    known = statistics.pop(site.name, None)
+                    known = statistics.pop(site.name, ())
                     try:
                         rows[site.name] = _start_layer(site, method, seed, treatment, undo, known)
                     except UnsupportedLayerError as error:
@@ -158,7 +166,7 @@ def initialize(
             peak_bytes=cost.peak_bytes,
             ranks=dataclasses.asdict(rule),
             warnings=fit.warnings,
-            details=fit.details,
+            details=fit.details | saved,
         )
         for name, reason in unsupported.items():
             warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=2)
@@ -201,24 +209,22 @@ def _check_startable(
 
 
 def _fit(
-    model: nn.Module, sites: list[LoraSite], method: Method, batches: Iterable[Any], seed: int, progress: bool
+    model: nn.Module, sites: list[LoraSite], method: Method, batches: Iterable[Any] | None, seed: int, progress: bool
 ) -> Fit:
     """Return what the method's short training came to; nothing for a method without one."""
     if not (isinstance(method, TrainedMethod) and sites):
         return Fit({}, {})
-    return method.fit(model, sites, batches, seed=seed, progress=progress)
+    return method.fit(model, sites, () if batches is None else batches, seed=seed, progress=progress)
 
 
-def _start_layer(
-    site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, known: LayerStatistics | None
-) -> LayerReport:
+def _start_layer(site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, known: Known) -> LayerReport:
     """Compute the start of one layer, unless it is known already, and write it."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
     with own_precision(site.device):
         with warnings.catch_warnings(record=True) as remarks:  # they belong in this layer's row
             warnings.simplefilter("always")
-            start = start_layer(method, site, layer_generator(seed, site.name), known)
+            start = start_layer(method, site, layer_generator(seed, site.name), *known)
         held = write_start(site, start, base, undo)
         size = site.scaling * product_norm(*site.factors())
     return LayerReport(

@@ -66,22 +66,17 @@ def column_rounding(sketch: Float[Tensor, "n k"]) -> float:
     return torch.finfo(sketch.dtype).eps * float(sketch.norm(dim=0).max())
 
 
-def settled(
-    sketch: Float[Tensor, "n k"],
-    test: Float[Tensor, "n k"],
-    found: Nystrom,
-    rank: int,
-    *,
-    noise: float | None = None,
-) -> float:
-    """Return how much of the energy of ``found``'s leading directions the first half of the columns finds already.
+def missed(sketch: Float[Tensor, "n k"], found: Nystrom, rank: int) -> float:
+    """Return about the share of the leading ``rank`` directions' energy that the found ones miss, between 0 and 1.
 
-    Near 1 the sketch has settled and more columns would add little; on a spectrum that hardly decays it is far below.
+    In first order a Gaussian sketch turns direction i away by ``sin²θ_i ≈ Σ_{j>r} λ_j² / (k λ_i²)``; the sum comes from
+    ``‖CΩ‖_F² ≈ k Σ_j λ_j²``. What a direction loses is taken to be nothing: the estimate is rather too high.
     """
-    half = sketch.shape[1] // 2
-    U = nystrom(sketch[:, :half], test[:, :half], noise=noise).vectors[:, :rank]
-    energy = float(((found.vectors.mT @ U).square() * found.values[:, None]).sum())
-    return energy / max(float(found.values[:rank].sum()), torch.finfo(torch.float64).tiny)
+    k = sketch.shape[1]
+    leading = found.values[:rank]
+    tail = (sketch.double().square().sum() / k - leading.square().sum()).clamp_min(0)
+    turned = (tail / (k * leading.square()).clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1)
+    return float((turned * leading).sum() / leading.sum().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 class Reconstruction(NamedTuple):

@@ -23,7 +23,7 @@ from ..sketches import column_rounding, nystrom
 from ..statistics import LayerStatistics, Request
 from .activations import decompose, keep_alive, leading, mean_of, rounding
 from .gradient import naming
-from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
+from .method import Comparison, Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
 from .shift import Constraint, Map, Moment, Shift, ShiftOptions, Spectrum, estimate, low_rank, solve, spectrum
 from .sketching import (
     SketchChoice,
@@ -31,7 +31,7 @@ from .sketching import (
     chosen_sketch,
     input_sketch,
     require_sketch_option,
-    warn_unsettled,
+    warn_if_missed,
 )
 
 if TYPE_CHECKING:
@@ -211,6 +211,7 @@ class CNTLoRA(Method):
         top_k: no step outside the k leading principal directions of the inputs.
         drift: largest output energy of the step relative to that of the layer, None for no bound. Not for ``"F3"``.
         map: of ``"F1p"``: ``"transport"`` or ``"coral"``.
+        paired: of ``"F2"``: every batch of the data has one of ``proxy_data`` to be paired with; else C_pf = 0.
         exact: full SVD (slow) instead of the seeded randomized one.
         sketch: with ``top_k`` and constraint F1, F2 or F3, collect a seeded sketch of the second moment instead of all
             of it: True wherever it is smaller, "auto" where it has at most an eighth of the columns. A layer whose
@@ -225,6 +226,7 @@ class CNTLoRA(Method):
     top_k: int | None = None
     drift: float | None = 0.01
     map: Map = "transport"
+    paired: bool = False
     exact: bool = False
     sketch: SketchChoice = "auto"
     columns: int | None = None
@@ -254,12 +256,19 @@ class CNTLoRA(Method):
                 "damping must be ≥ 0, top_k ≥ 1 or None, drift > 0 or None, "
                 f"got {self.damping}, {self.top_k} and {self.drift}"
             )
+        if self.paired and self.constraint != "F2":
+            raise ValueError(f"paired belongs to constraint 'F2', not to '{self.constraint}'")
         if self.constraint == "F3":  # W0 itself on the data: it only makes sense beside W0 − s·BA
             object.__setattr__(self, "info", dataclasses.replace(type(self).info, product="preserve"))
 
     @property
     def _low_rank(self) -> bool:
-        return low_rank({"constraint": self.constraint, "top_k": self.top_k})
+        return not self.paired and low_rank({"constraint": self.constraint, "top_k": self.top_k})
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """Proxy pre-training data for F1p and F5, pairs for F2 if that was asked for."""
+        return "pairs" if self.paired else "proxy" if self.constraint in ("F1p", "F5") else None
 
     @property
     def request(self) -> Request:
@@ -299,6 +308,8 @@ class CNTLoRA(Method):
         if proxy is not None and not self._low_rank:
             options["proxy_second_moment"] = mean_of(site, proxy, "input_second_moment")
             options["proxy_mean"] = mean_of(site, proxy, "input_sum")
+            if proxy.cross_second_moment is not None:
+                options["cross_second_moment"] = (proxy.cross_second_moment / proxy.tokens).to(site.device)
         dtype = torch.promote_types(site.weight().dtype, options["input_mean"].dtype)  # pyright: ignore[reportOptionalMemberAccess, reportTypedDictNotRequiredAccess]
         find = self._from_sketch if statistics.input_sketch is not None else self._from_moment
         key = ("cntlora", dtype, self.moment, self.top_k if statistics.input_sketch is not None else None)
@@ -325,7 +336,7 @@ class CNTLoRA(Method):
         found, total = plain, power
         if self.moment == "centred":
             found, total = nystrom(centred_sketch(sketch, test, mean), test, noise=noise), power - float(mean @ mean)
-        warn_unsettled(sketch.double(), test, plain, self.top_k, noise=noise)
+        warn_if_missed(sketch, plain, self.top_k)
         n, k = len(sketch), self.top_k
         values, vectors = found.values[:k].to(dtype), found.vectors[:, :k].to(dtype)
         root = (plain.vectors * plain.values.sqrt()).to(dtype)

@@ -21,7 +21,7 @@ from .sketching import (
     chosen_sketch,
     input_sketch,
     require_sketch_option,
-    warn_unsettled,
+    warn_if_missed,
 )
 
 
@@ -101,13 +101,13 @@ def principal_of_sketch(
     """Return approximately the leading eigenpairs of the covariance ``C − μμᵀ`` from ``CΩ``, in its dtype.
 
     Warns:
-        UserWarning: the sketch has not settled, see `lorainit.methods.sketching.warn_unsettled`.
+        UserWarning: the sketch misses much, see `lorainit.methods.sketching.warn_if_missed`.
     """
     require_rank(sketch, rank)
     rest = centred_sketch(sketch, test, input_mean)
     noise = column_rounding(sketch)  # a large mean is in it as well
     found = nystrom(rest, test, noise=noise)
-    warn_unsettled(rest, test, found, rank, noise=noise)
+    warn_if_missed(rest, found, rank)
     missing = max(0, rank - len(found.values))
     # a deficient sketch is completed by directions on which the data are constant
     vectors = torch.linalg.qr(torch.cat([found.vectors, test.double()[:, :missing]], dim=1)).Q[:, :rank]
@@ -199,6 +199,8 @@ class EVA(Method):
         sketch, test = input_sketch(site, statistics)
         values = nystrom(centred_sketch(sketch, test, mean), test, noise=column_rounding(sketch)).values
         total = float(mean_of(site, statistics, "input_energy")) - float(mean @ mean)
-        others = len(mean) - len(values)
-        rest = max(0.0, total - float(values.sum())) / max(1, others)
-        return torch.cat([values, values.new_full((others,), min(rest, float(values[-1])))])
+        rest = (total - values.cumsum(0)).clamp_min(0) / torch.arange(
+            len(mean) - 1, len(mean) - 1 - len(values), -1, device=values.device
+        )
+        kept = len(values) - int((rest <= values).flip(0).int().argmax())  # the last value that is above the even rest
+        return torch.cat([values[:kept], rest[kept - 1].expand(len(mean) - kept)])

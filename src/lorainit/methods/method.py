@@ -16,6 +16,7 @@ from ..sites import LoraSite
 from ..statistics import LayerStatistics, Request
 
 Product = Literal["zero", "preserve", "step"]
+Comparison = Literal["proxy", "pairs"]
 
 
 class Factors(NamedTuple):
@@ -70,6 +71,11 @@ class Method(abc.ABC):
     def product(self) -> Product:
         """What the start's BA means for the base: the class's ``info.product``, unless an option decides it."""
         return self.info.product
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """Which second set of batches the method takes: any (``"proxy"``), one for each batch (``"pairs"``), or none."""
+        return None
 
     @abc.abstractmethod
     def start(self, *args: Any, **kwargs: Any) -> Factors:
@@ -144,11 +150,9 @@ class TrainedMethod(Method):
         """
 
 
-def start_layer(
-    method: Method, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics | None
-) -> Factors:
+def start_layer(method: Method, site: LoraSite, generator: torch.Generator, *known: LayerStatistics | None) -> Factors:
     """Return a method's start of a layer, with the statistics only if there are any."""
-    return method.start(site, generator) if statistics is None else method.start(site, generator, statistics)
+    return method.start(site, generator, *(statistics for statistics in known if statistics is not None))
 
 
 def require_choice(name: str, value: str, literal: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from .._typing import Float, Tensor
 from ..linalg import SVD
 from ..sites import LoraSite
-from ..sketches import Nystrom, settled, test_matrix, two_sided
+from ..sketches import Nystrom, missed, test_matrix, two_sided
 from ..statistics import LayerStatistics, Sketch
 from ..statistics.request import ERROR_ROWS
 from .activations import mean_of
@@ -16,8 +16,8 @@ from .gradient import collected, require_signal
 
 SketchChoice = bool | Literal["auto"]
 
-_SETTLED = 0.95  # a sketch that held 99 % of the energy had found 97 % with half of its columns
-_MISSED = 0.5
+_MISSED_ENERGY = 0.1
+_MISSED_NORM = 0.5
 
 
 def require_sketch_option(sketch: SketchChoice, columns: int | None, *, exact: bool = False) -> None:
@@ -60,15 +60,13 @@ def centred_sketch(
     return sketch.addr(mean, mean @ test, alpha=-1)
 
 
-def warn_unsettled(
-    sketch: Float[Tensor, "in k"], test: Float[Tensor, "in k"], found: Nystrom, rank: int, *, noise: float
-) -> None:
-    """Warn where half of the columns find less than 95 % of the energy of the leading ``rank`` directions."""
-    share = settled(sketch, test, found, rank, noise=noise)
-    if share < _SETTLED:
+def warn_if_missed(sketch: Float[Tensor, "in k"], found: Nystrom, rank: int) -> None:
+    """Warn where the found directions miss an estimated tenth of the energy of the leading ``rank`` ones, or more."""
+    share = missed(sketch, found, rank)
+    if share > _MISSED_ENERGY:
         warnings.warn(
-            f"the sketch of {sketch.shape[1]} columns has not settled (half of them find {share:.0%} of the energy "
-            "of its leading directions): the spectrum decays slowly; more columns or sketch=False finds better ones",
+            f"the spectrum of the inputs decays slowly for a sketch of {sketch.shape[1]} columns: it misses up to "
+            f"about {share:.0%} of the energy of the leading directions; more columns or sketch=False finds more",
             stacklevel=3,
         )
 
@@ -91,7 +89,7 @@ def triplets_of_sketch(site: LoraSite, statistics: LayerStatistics, rank: int) -
         raise ValueError(f"the sketch has {range_.shape[1]} columns, too few for {rank} directions; raise columns")
     test = test_matrix("out", len(range_), len(corange), statistics.sketch_seed).to(range_)
     svd, error = two_sided(range_, corange, test, check=ERROR_ROWS)
-    if error is not None and error > _MISSED:
+    if error is not None and error > _MISSED_NORM:
         warnings.warn(
             f"the sketch of the weight gradient misses an estimated {error:.0%} of its norm: the leading directions "
             "are approximate; more columns or sketch=False finds better ones",

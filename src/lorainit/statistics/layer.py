@@ -46,6 +46,7 @@ class LayerStatistics:
         input_magnitude: Σ |x|, entry by entry.
         input_sketch: Σ x (xᵀ Ω), Ω = `lorainit.sketches.test_matrix`.
         input_energy: Σ ‖x‖².
+        cross_second_moment: Σ x x_fᵀ with x_f the input that x is paired with, see `lorainit.statistics.pairs`.
         output_gradient_squares: Σ g ⊙ g: the diagonal of Σ g gᵀ.
         output_gradient_second_moment: Σ g gᵀ.
         weight_gradient: G = Σ g xᵀ, the gradient of the summed loss with respect to the weight as out×in.
@@ -64,6 +65,7 @@ class LayerStatistics:
     input_magnitude: Float[Tensor, " in"] | None = None
     input_sketch: Float[Tensor, "in k"] | None = None
     input_energy: Float[Tensor, ""] | None = None
+    cross_second_moment: Float[Tensor, "in in"] | None = None
     output_gradient_squares: Float[Tensor, " out"] | None = None
     output_gradient_second_moment: Float[Tensor, "out out"] | None = None
     weight_gradient: Float[Tensor, "out in"] | None = None
