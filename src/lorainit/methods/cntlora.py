@@ -205,7 +205,7 @@ class CNTLoRA(Method):
     Args:
         constraint: which activations are to agree, see `lorainit.methods.cntlora.delta`. With ``"F3"`` the function is
             preserved (``base="auto"`` gives the offset form); with the others the step is kept.
-        moment: ``"second"`` moments, or ``"centred"`` ones.
+        moment: ``"second"`` moments, or ``"centred"`` ones (better at its best rate: benchmarks/results/choices.md).
         damping: δ, relative to the mean eigenvalue.
         metric: of the truncation, ``"data"`` or ``"frobenius"``.
         top_k: no step outside the k leading principal directions of the inputs.
@@ -220,7 +220,7 @@ class CNTLoRA(Method):
     """
 
     constraint: Constraint = "F1"
-    moment: Moment = "second"
+    moment: Moment = "centred"
     damping: float = 1e-2
     metric: Metric = "data"
     top_k: int | None = None

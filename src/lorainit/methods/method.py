@@ -74,7 +74,7 @@ class Method(abc.ABC):
 
     @property
     def comparison(self) -> Comparison | None:
-        """Which second set of batches the method takes: any (``"proxy"``), one for each batch (``"pairs"``), or none."""
+        """Which second set of batches it takes: any (``"proxy"``), one for each batch (``"pairs"``), or none."""
         return None
 
     @abc.abstractmethod
