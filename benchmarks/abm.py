@@ -296,7 +296,7 @@ if __name__ == "__main__":
         raise SystemExit
     path = RESULTS / "abm.json"
     if not chosen.table:
-        found = {"stage1": compare(chosen.only), **solvers(), "provenance": provenance.collect()}
+        found = solvers() | {"stage1": compare(chosen.only), "provenance": provenance.collect()}
         path.write_text(json.dumps(found, indent=1) + "\n")
     text = table(json.loads(path.read_text()))
     (RESULTS / "abm.md").write_text(text)

@@ -336,9 +336,9 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
 
 
-def score(r: dict[str, Any]) -> float:
+def score(r: dict[str, Any]) -> float | None:
     metrics = r["metrics"]
-    return metrics.get("matthews", metrics.get("accuracy", float("nan")))
+    return metrics.get("matthews", metrics.get("accuracy"))
 
 
 def early(r: dict[str, Any]) -> float:
@@ -365,10 +365,13 @@ def section(task: str) -> list[str]:
             cells.append(f"**{text}**" if column == rate else text)
         mine = losses(task, arm, rate)
         paired = [mine[seed] - reference[seed] for seed in mine if seed in reference]
-        low, high = interval(paired)
         found = [r for r in (result(Job("run", task, seed, arm, rate)) for seed in SEEDS) if r]
-        gap = f"{statistics.mean(paired):+.3f} [{low:+.3f}, {high:+.3f}] n={len(paired)}" if arm != "vanilla" else "-"
-        cells += [gap, f"{statistics.mean(map(score, found)):.3f}", f"{statistics.mean(map(early, found)):.3f}"]
+        gap = f"{statistics.mean(paired):+.3f}" if paired and arm != "vanilla" else "-"
+        if len(paired) > 1 and arm != "vanilla":
+            gap += " [{:+.3f}, {:+.3f}]".format(*interval(paired))
+        scores = [score(r) for r in found]
+        cells += [gap, "-" if None in scores else f"{statistics.mean(map(float, scores)):.3f}"]
+        cells.append(f"{statistics.mean(map(early, found)):.3f}")
         details = [r["init"]["details"] for r in found]
         agreed = [d["after"]["held_out"]["agreement"] for d in details if d.get("after")]
         seconds = statistics.mean(r["init"]["seconds"] for r in found)

@@ -95,6 +95,15 @@ def test_in_a_model_it_aligns_far_better_than_the_gradient_steps(origin, kind) -
     assert set(local["frozen_layers"]) == {f"model.layers.{i}.self_attn.q_proj" for i in range(2)}
 
 
+def test_what_the_teacher_computes_meanwhile_is_not_taken_for_the_layers_input() -> None:
+    curves = []
+    for options in ({}, {"report_batches": 0}, {"cache": False}):
+        method = ABMLoRA(teacher="teacher", solver="local", layers="all", batch_size=2, **options)
+        curves.append(cases.start(adapted(), method, data=cases.LLAMA.batches() * 4).details["layer_curves"])
+    assert curves[1] == curves[0]
+    assert curves[2] == curves[0]
+
+
 def test_a_layer_that_has_nothing_to_solve_keeps_its_start() -> None:
     model = cases.LLAMA.adapted(target_modules=["gate_proj"])
     report = cases.start(model, ABMLoRA(solver="local", margin_kind="clipped"), data=cases.LLAMA.batches())

@@ -185,28 +185,27 @@ def _observed(stage: Stage, k: int, matched: MatchedSite, site: LoraSite) -> tup
     active: list[Tensor] = []
     margins: list[Tensor] = []
     layer: Any = site.layer
-    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     held = 0
-    try:
-        with torch.no_grad(), stage.student():
-            for index, batch in enumerate(stage.train_batches):
-                fed = stage.on_device(batch)
-                wanted = stage.targets(("train", index), fed)[k, 0]
+    with torch.no_grad(), stage.student():
+        for index, batch in enumerate(stage.train_batches):
+            fed = stage.on_device(batch)
+            # before the hook is there: the teacher may run through this very layer
+            wanted = stage.targets(("train", index), fed)[k, 0]
+            handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+            try:
                 alone.run(fed, lambda _, z: outputs.append(z.detach()))
-                stage.check_shape(matched, outputs[-1], wanted)
-                keep = stage.counted(k, outputs[-1], fed)
-                keep = (
-                    torch.ones(outputs[-1].shape[:-1], dtype=torch.bool, device=stage.device) if keep is None else keep
-                )
-                inputs[-1], outputs[-1] = inputs[-1][keep], outputs[-1][keep]
-                active.append(wanted.active[keep])
-                if isinstance(wanted.margin, Tensor):
-                    margins.append(wanted.margin[keep])
-                held += len(inputs[-1])
-                if held >= stage.options.positions:
-                    break
-    finally:
-        handle.remove()
+            finally:
+                handle.remove()
+            stage.check_shape(matched, outputs[-1], wanted)
+            keep = stage.counted(k, outputs[-1], fed)
+            keep = torch.ones(outputs[-1].shape[:-1], dtype=torch.bool, device=stage.device) if keep is None else keep
+            inputs[-1], outputs[-1] = inputs[-1][keep], outputs[-1][keep]
+            active.append(wanted.active[keep])
+            if isinstance(wanted.margin, Tensor):
+                margins.append(wanted.margin[keep])
+            held += len(inputs[-1])
+            if held >= stage.options.positions:
+                break
     X, Z, on = (torch.cat(parts)[: stage.options.positions] for parts in (inputs, outputs, active))
     dtype = torch.promote_types(Z.dtype, torch.float32)
     X, Z = X.to(dtype), Z.to(dtype)
