@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from . import offset
@@ -29,6 +30,7 @@ class Undo:
         """Start with nothing to undo."""
         self._adapters: list[tuple[LoraSite, list[Tensor], bool | None]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._scalings: list[tuple[LoraLayer, str, float, float]] = []
 
     def remember_adapter(self, site: LoraSite) -> None:
         """Copy the adapter's trained factors and its offset, if it has one."""
@@ -44,8 +46,14 @@ class Undo:
         """Copy a tensor that is about to be written in place."""
         self._tensors.append((tensor, tensor.detach().clone()))
 
+    def remember_scaling(self, layer: LoraLayer, adapter_name: str) -> None:
+        """Keep a layer's scaling and the alpha that it comes from."""
+        self._scalings.append((layer, adapter_name, layer.scaling[adapter_name], layer.lora_alpha[adapter_name]))
+
     def restore(self) -> None:
-        """Put every remembered tensor back, bit for bit."""
+        """Put everything that was remembered back, bit for bit."""
+        for layer, adapter_name, scaling, alpha in self._scalings:
+            layer.scaling[adapter_name], layer.lora_alpha[adapter_name] = scaling, alpha
         with torch.no_grad():
             for tensor, copy in self._tensors:
                 tensor.copy_(copy)

@@ -17,11 +17,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import checkpoint
+from . import checkpoint, rescale
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_start
 from .cost import measure
+from .diagnostics.magnitude import rate_ratio
 from .errors import LoraInitError, UnsupportedLayerError
-from .linalg import product_norm
+from .linalg import product_norm, to_double
 from .methods import Factors, Method, get_method
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
@@ -42,6 +43,7 @@ def initialize(
     max_batches: int | None = None,
     memory_budget: int | str | None = None,
     on_unsupported: Literal["error", "default"] = "error",
+    match_lr: bool = False,
     progress: bool = True,
 ) -> InitReport:
     """Give the LoRA adapters of a model better starting values, in place.
@@ -66,6 +68,9 @@ def initialize(
         on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
             out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
             a warning and a row in the report.
+        match_lr: express the start at another scale (A/ρ, B/ρ, ρ²s: the same function and subspaces), so that the
+            learning rate that suits vanilla LoRA suits it: at any rate of Adam or AdamW its first update is as large
+            as vanilla's (or smaller, if it was). ρ stands in the report; the limits in `lorainit.rescale`.
         progress: show a progress bar.
 
     Returns:
@@ -94,6 +99,7 @@ def initialize(
         check_can_subtract(model, sites)
 
     with all_or_nothing() as undo:
+        scalings = rescale.begin(model, adapter_name, undo, needed=match_lr)
         with measure() as cost:
             batches = _batches(method, data, max_batches)
             fit = _fit(model, sites, method, batches, seed, progress)
@@ -103,7 +109,7 @@ def initialize(
                 for site in group:
                     known = fit.starts.get(site.name) or statistics.pop(site.name, None)
                     try:
-                        rows[site.name] = _start_layer(site, method, seed, treatment, undo, known)
+                        rows[site.name] = _start_layer(site, method, seed, treatment, undo, known, match_lr)
                     except UnsupportedLayerError as error:
                         if on_unsupported == "error":
                             raise
@@ -126,6 +132,7 @@ def initialize(
             peak_bytes=cost.peak_bytes,
             details=fit.details,
         )
+        rescale.finish(model, adapter_name, scalings)
         for name, reason in unsupported.items():
             warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=2)
         checkpoint.mark_started(model, adapter_name, report)
@@ -237,7 +244,13 @@ def _own_precision(device: torch.device) -> Iterator[None]:
 
 
 def _start_layer(
-    site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, known: LayerStatistics | Factors | None
+    site: LoraSite,
+    method: Method,
+    seed: int,
+    base: Base,
+    undo: Undo,
+    known: LayerStatistics | Factors | None,
+    match_lr: bool,
 ) -> LayerReport:
     """Compute the start of one layer, unless it is known already, and write it."""
     begin = time.perf_counter()
@@ -247,6 +260,9 @@ def _start_layer(
             warnings.simplefilter("always")
             found = isinstance(known, Factors)
             start = known if found else start_layer(method, site, layer_generator(seed, site.name), known)
+        ratio = _match(site, start) if match_lr else None
+        if ratio is not None:
+            start = Factors(*(to_double(factor) / ratio for factor in start))  # one rounding, to the adapter's dtype
         held = write_start(site, start, base, undo)
         size = site.scaling * product_norm(*site.factors())
     return LayerReport(
@@ -259,8 +275,19 @@ def _start_layer(
         relative_size=size / weight_norm if weight_norm > 0 else None,
         seconds=time.perf_counter() - begin,
         extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
+        rate_ratio=ratio,
         warnings=(*(str(r.message) for r in remarks), *_layer_warnings(site, size, weight_norm, base)),
     )
+
+
+def _match(site: LoraSite, start: Factors) -> float | None:
+    """Re-scale a layer for `match_lr` and return ρ; None for a start that cannot train, which is refused elsewhere."""
+    try:
+        ratio = rate_ratio(start.A.flatten(1), start.B.flatten(1), site.scaling)
+    except ValueError:
+        return None
+    rescale.scale(site, ratio)
+    return ratio
 
 
 def _layer_warnings(site: LoraSite, size: float, weight_norm: float, base: Base) -> tuple[str, ...]:

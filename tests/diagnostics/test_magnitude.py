@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lorainit.diagnostics.magnitude import mean_square, rate_ratio, vanilla_mean_square
+from lorainit.diagnostics.magnitude import first_update_ratio, mean_square, rate_ratio, vanilla_mean_square
 from lorainit.methods import kaiming, loram
 
 OUT, IN, RANK, S = 6, 9, 3, 1.7
@@ -81,7 +81,7 @@ def test_vanillas_expectation_is_the_mean_over_its_draws(optimizer) -> None:
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_the_ratio_makes_the_first_updates_equal(optimizer) -> None:
     A, B = pair(2)
-    ratio = rate_ratio(A, B, S, optimizer=optimizer, vanilla_scaling=2.5)
+    ratio = first_update_ratio(A, B, S, optimizer=optimizer, vanilla_scaling=2.5)
     matched = mean_square(A, B, S, optimizer=optimizer, learning_rate=ratio * 0.01)
     assert matched == pytest.approx(vanilla_mean_square(OUT, IN, RANK, 2.5, optimizer=optimizer, learning_rate=0.01))
 
@@ -98,6 +98,14 @@ def test_vanilla_itself_is_within_its_sampling_noise() -> None:
     assert ratios.count(1.0) >= 48
 
 
+def test_a_small_start_keeps_vanillas_rate_under_adam_since_it_outgrows_its_size() -> None:
+    A, B = pair(5)
+    small = (1e-3 * A, 1e-3 * B, S)
+    assert first_update_ratio(*small) > 100
+    assert rate_ratio(*small) == 1
+    assert rate_ratio(*small, optimizer="sgd") == first_update_ratio(*small, optimizer="sgd") > 1e4
+
+
 def test_a_dead_start_has_no_rate() -> None:
-    with pytest.raises(ValueError, match="A = B = 0"):
+    with pytest.raises(ValueError, match="no rate to match"):
         rate_ratio(torch.zeros(2, 4), torch.zeros(3, 2), 1.0)

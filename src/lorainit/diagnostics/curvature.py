@@ -1,8 +1,9 @@
 r"""How curved the loss is in the adapter's parameters θ = {A, B}: Hessian products and the top eigenvalue.
 
-"Learning Rate Matters" (arXiv:2602.04998) found that the best rates of LoRA starts go with the top eigenvalue of this
-Hessian. Under (A, B, s) → (cA, cB, s/c²) the Hessian is divided by c², while Adam's matched rate is multiplied by c: so
-η ∝ λ^(−1/2) for Adam, and η ∝ 1/λ for SGD.
+Gradient descent is stable up to η = 2/λ, λ the top eigenvalue of the Hessian; "Learning Rate Matters"
+(arXiv:2602.04998) found that the best rates of LoRA starts go with it. Under (A, B, s) → (cA, cB, s/c²) the Hessian is
+divided by c² and the matched rate multiplied by c² for SGD, by c for Adam (see `lorainit.rescale`): so two starts of
+one model are equally near to instability at rates as 1/λ under SGD and as 1/√λ under Adam.
 """
 
 from __future__ import annotations
@@ -83,17 +84,6 @@ class AdapterLoss:
         self.batches = list(iterate(data, max_batches, None, self.parameters[0].device))
         self.loss_function = loss_function or summed_loss
 
-    def gradients(self) -> tuple[float, list[Tensor]]:
-        """Return the mean loss and its gradient."""
-        total, terms, sums = 0.0, 0, [torch.zeros_like(p) for p in self.parameters]
-        with only_trainable(self.model, self.parameters):
-            for loss, count in self._losses():
-                found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-                for held, gradient in zip(sums, found, strict=True):
-                    held += 0 if gradient is None else gradient
-                total, terms = total + float(loss), terms + count
-        return total / terms, [held / terms for held in sums]
-
     def hessian_product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the product of the mean loss's Hessian with a direction, given parameter by parameter.
 
@@ -111,21 +101,27 @@ class AdapterLoss:
                     found = torch.autograd.grad(slope, self.parameters, allow_unused=True)
                 except RuntimeError as error:
                     raise LoraInitError(f"curvature: the model cannot be differentiated twice: {error}") from error
-                for held, product in zip(sums, found, strict=True):
-                    held += 0 if product is None else product
+                for total, product in zip(sums, found, strict=True):
+                    if product is not None:
+                        total.add_(product)
                 terms += count
-        return [held / terms for held in sums]
+        return [total / terms for total in sums]
 
-    def top_eigenvalue(self, *, iterations: int = 12, seed: int = 0) -> TopEigenvalue:
-        """Return the largest eigenvalue of the Hessian of the mean loss; one product is about two gradients."""
-        generator = torch.Generator().manual_seed(seed)
+    def sharpness(self, *, iterations: int = 12, seed: int = 0) -> TopEigenvalue:
+        """Return the top eigenvalue of the Hessian of the mean loss.
+
+        Args:
+            iterations: Lanczos steps at most; each costs about two gradients over the batches, and holds a vector.
+            seed: of the first vector.
+        """
         sizes = [p.numel() for p in self.parameters]
-        start = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
 
         def product(vector: Tensor) -> Tensor:
             parts = [v.to(p).view_as(p) for v, p in zip(vector.split(sizes), self.parameters, strict=True)]
-            return torch.cat([to_double(h.flatten()).to(vector) for h in self.hessian_product(parts)])
+            return torch.cat([to_double(h.flatten()).cpu() for h in self.hessian_product(parts)])
 
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
         return top_eigenvalue(product, start, iterations=iterations)
 
     def _losses(self) -> Iterator[tuple[Tensor, int]]:

@@ -75,7 +75,7 @@ def vanilla_mean_square(
     return learning_rate**2 * scaling**2 * rank * v * (1 + 2 / math.pi * (rank - 1) / n)
 
 
-def rate_ratio(
+def first_update_ratio(
     A: Float[Tensor, "r in"],
     B: Float[Tensor, "out r"],
     scaling: float,
@@ -83,10 +83,9 @@ def rate_ratio(
     optimizer: Optimizer = "adamw",
     vanilla_scaling: float | None = None,
 ) -> float:
-    """Return ρ: at the learning rate ρη this start's first update is as large as vanilla's at η, √(ν_vanilla/ν).
+    """Return √(ν_vanilla/ν): at this multiple of vanilla's learning rate, the first updates are equally large.
 
-    Adam: ν ∝ η²s², SGD: ν ∝ η²s⁴, so ρ does not depend on η. A start that is within the sampling noise of vanilla's own
-    A (three standard deviations of ‖A‖²) gets exactly 1.
+    Adam has ν ∝ η²s², SGD ν ∝ η²s⁴, so it does not depend on the rate.
 
     Args:
         A: r×in.
@@ -96,15 +95,36 @@ def rate_ratio(
         vanilla_scaling: s of the vanilla start; default: the same.
 
     Raises:
-        ValueError: A = B = 0, which never moves.
+        ValueError: A = B = 0, which never moves, or entries that are not finite.
     """
     size = mean_square(A, B, scaling, optimizer=optimizer)
-    if not size > 0:
-        raise ValueError("A = B = 0 has no update to match")
+    if not 0 < size < math.inf:
+        raise ValueError(f"a start whose update has the mean square {size} has no rate to match")
     shape = (B.shape[0], A.shape[1], A.shape[0])
-    ratio = math.sqrt(vanilla_mean_square(*shape, vanilla_scaling or scaling, optimizer=optimizer) / size)
-    noise = math.sqrt(4 / 5 / A.numel())  # relative deviation of ‖A‖² for uniform entries; of ρ: half (SGD: all) of it
-    return 1.0 if abs(ratio - 1) < 3 * noise * (1 if optimizer == "sgd" else 0.5) else ratio
+    return math.sqrt(vanilla_mean_square(*shape, vanilla_scaling or scaling, optimizer=optimizer) / size)
+
+
+def rate_ratio(
+    A: Float[Tensor, "r in"],
+    B: Float[Tensor, "out r"],
+    scaling: float,
+    *,
+    optimizer: Optimizer = "adamw",
+    vanilla_scaling: float | None = None,
+) -> float:
+    """Return ρ, the multiple of vanilla's learning rate that suits this start: `first_update_ratio`, with two limits.
+
+    Under Adam ρ ≤ 1: the second-order part s·δB·δA of the change is η²s·(sums of signs) whatever A and B are. It is
+    what a start that is smaller than vanilla's lives on after some tens of steps, so that a higher rate would make it
+    outgrow vanilla's. A start within the sampling noise of vanilla's own A (three standard deviations of ‖A‖²) gets 1.
+
+    Arguments and errors as for `first_update_ratio`.
+    """
+    ratio = first_update_ratio(A, B, scaling, optimizer=optimizer, vanilla_scaling=vanilla_scaling)
+    noise = math.sqrt(4 / 5 / A.numel())  # relative deviation of ‖A‖² for uniform entries
+    if abs(ratio - 1) < 3 * noise * (1 if optimizer == "sgd" else 0.5):
+        return 1.0
+    return ratio if optimizer == "sgd" else min(1.0, ratio)
 
 
 def _sgd_mean_square(A: Tensor, B: Tensor) -> float:
