@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from . import methods
 from .checkpoint import export, load, merge, save_pretrained
+from .diagnostics.learning_rate import LrAdvice, suggest_lr
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from .initialize import initialize
 from .methods import Factors, Method, MethodInfo, available, get_method, register
@@ -53,6 +54,7 @@ __all__ = [
     "LoRAOne",
     "LoraInitError",
     "LoraSite",
+    "LrAdvice",
     "Method",
     "MethodInfo",
     "MiLoRA",
@@ -73,4 +75,5 @@ __all__ = [
     "methods",
     "register",
     "save_pretrained",
+    "suggest_lr",
 ]

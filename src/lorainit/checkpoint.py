@@ -24,7 +24,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from . import offset
+from . import offset, rescale
 from .adapter_folder import (
     CONFIG_NAME,
     PREFIX,
@@ -228,10 +228,14 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         raise LoraInitError(f"{path}: started with base='subtract'; call lorainit.initialize again with the same seed")
     tensors = _adapter_tensors(read_adapter(path)[1])
     sites, _ = find_sites(model, adapter_name)
+    ratios = {row.name: row.rate_ratio for row in report.layers if row.rate_ratio is not None}
     with all_or_nothing() as undo:
         if report.ranks["rule"] != "fixed":
             ranks = {row.name: row.rank for row in report.layers}
             sites = resize(model, sites, {site.name: ranks.get(site.name, site.rank) for site in sites}, undo)
+        scalings = rescale.begin(model, adapter_name, undo, needed=bool(ratios))
+        for site in sites:
+            rescale.scale(site, ratios.get(site.name, 1.0))
         _check_same_layers(path, report, lora_layers(model, adapter_name), adapter_name)
         for site in sites:
             undo.remember_adapter(site)
@@ -243,6 +247,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         for tensor in present.values():
             undo.remember_tensor(tensor)
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+        rescale.finish(model, adapter_name, scalings)
         mark_started(model, adapter_name, report)
     return report
 

@@ -7,14 +7,14 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import checkpoint
+from . import checkpoint, rescale
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
 from .calibration import (
     Known,
@@ -26,9 +26,10 @@ from .calibration import (
     usable_batches,
 )
 from .cost import measure
+from .diagnostics.magnitude import rate_ratio
 from .errors import LoraInitError, UnsupportedLayerError
 from .generators import layer_generator
-from .linalg import product_norm
+from .linalg import product_norm, to_double
 from .methods import Factors, Method, get_method
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
@@ -53,6 +54,7 @@ def initialize(
     cache: str | os.PathLike[str] | None = None,
     proxy_data: Iterable[Any] | None = None,
     on_unsupported: Literal["error", "default"] = "error",
+    match_lr: bool = False,
     progress: bool = True,
 ) -> InitReport:
     """Give the LoRA adapters of a model better starting values, in place.
@@ -88,6 +90,9 @@ def initialize(
         on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
             out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
             a warning and a row in the report.
+        match_lr: express the start at another scale (A/ρ, B/ρ, ρ²s: the same function and subspaces), so that the
+            learning rate that suits vanilla LoRA suits it: at any rate of Adam or AdamW its first update is as large
+            as vanilla's (or smaller, if it was). ρ stands in the report; the limits in `lorainit.rescale`.
         progress: show a progress bar.
 
     Returns:
@@ -110,6 +115,8 @@ def initialize(
     _check_choice("base", base, ("auto", *get_args(Base)))
     _check_choice("on_unsupported", on_unsupported, ("error", "default"))
     rule = rank_rule(ranks, method)
+    if match_lr and (rule.rule != "fixed" or isinstance(method, TrainedMethod)):
+        raise LoraInitError("match_lr goes neither with shared ranks nor with a start that is found by training")
     treatment: Base = base if base != "auto" else "offset" if method.product == "preserve" else "keep"
     sites, unsupported = find_sites(model, adapter_name)
     _check_startable(model, adapter_name, sites, unsupported, method, on_unsupported)
@@ -118,6 +125,7 @@ def initialize(
 
     layers = lora_layers(model, adapter_name)
     with all_or_nothing() as undo:
+        scalings = rescale.begin(model, adapter_name, undo, needed=match_lr)
         with measure() as cost:
             saved: dict[str, Any] = {}
             batches = usable_batches(method, data, max_batches, cached=cache is not None)
@@ -134,18 +142,13 @@ def initialize(
                 kept, groups = share_out(model, sites, method, rule, seed, collecting, undo, skip=on_unsupported)
                 names = {site.name for site in kept}
                 rows = {name: row for name, row in bare.items() if name not in names}
-            bar = tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False)
-            for group, statistics in groups:
-                for site in group:
-                    known = statistics.pop(site.name, ())
-                    try:
-                        rows[site.name] = _start_layer(site, method, seed, treatment, undo, known)
-                    except UnsupportedLayerError as error:
-                        if on_unsupported == "error":
-                            raise
-                        unsupported[site.name] = str(error)
-                    bar.update()
-            bar.close()
+            start = functools.partial(
+                _start_layer, method=method, seed=seed, base=treatment, undo=undo, match_lr=match_lr
+            )
+            with tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False) as bar:
+                for group, statistics in groups:
+                    found, refused = _start_group(group, statistics, start, skip=on_unsupported, bar=bar)
+                    rows, unsupported = rows | found, unsupported | refused
             started = [site for site in sites if site.name in rows]
             fit = _fit(model, started, method, batches, seed, progress)
             for site in started:
@@ -168,6 +171,7 @@ def initialize(
             warnings=fit.warnings,
             details=fit.details | saved,
         )
+        rescale.finish(model, adapter_name, scalings)
         for name, reason in unsupported.items():
             warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=2)
         checkpoint.mark_started(model, adapter_name, report)
@@ -217,14 +221,41 @@ def _fit(
     return method.fit(model, sites, () if batches is None else batches, seed=seed, progress=progress)
 
 
-def _start_layer(site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, known: Known) -> LayerReport:
-    """Compute the start of one layer, unless it is known already, and write it."""
+def _start_group(
+    group: list[LoraSite],
+    statistics: dict[str, Known],
+    start: Callable[..., LayerReport],
+    *,
+    skip: str,
+    bar: tqdm,
+) -> tuple[dict[str, LayerReport], dict[str, str]]:
+    """Start some layers, each dropping its statistics; return their rows, and why others could not be started."""
+    rows: dict[str, LayerReport] = {}
+    refused: dict[str, str] = {}
+    for site in group:
+        try:
+            rows[site.name] = start(site, known=statistics.pop(site.name, ()))
+        except UnsupportedLayerError as error:
+            if skip == "error":
+                raise
+            refused[site.name] = str(error)
+        bar.update()
+    return rows, refused
+
+
+def _start_layer(
+    site: LoraSite, *, method: Method, seed: int, base: Base, undo: Undo, known: Known, match_lr: bool
+) -> LayerReport:
+    """Compute the start of one layer and write it."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
     with own_precision(site.device):
         with warnings.catch_warnings(record=True) as remarks:  # they belong in this layer's row
             warnings.simplefilter("always")
             start = start_layer(method, site, layer_generator(seed, site.name), *known)
+        ratio = _match(site, start) if match_lr else None
+        if ratio is not None:
+            start = Factors(*(to_double(factor) / ratio for factor in start))  # one rounding, to the adapter's dtype
         held = write_start(site, start, base, undo)
         size = site.scaling * product_norm(*site.factors())
     return LayerReport(
@@ -237,6 +268,7 @@ def _start_layer(site: LoraSite, method: Method, seed: int, base: Base, undo: Un
         relative_size=size / weight_norm if weight_norm > 0 else None,
         seconds=time.perf_counter() - begin,
         extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
+        rate_ratio=ratio,
         warnings=(*(str(r.message) for r in remarks), *_layer_warnings(site, size, weight_norm, base)),
     )
 
@@ -250,6 +282,16 @@ def _move(site: LoraSite, row: LayerReport, factors: Factors) -> LayerReport:
     return dataclasses.replace(
         row, base=base, relative_size=size / norm if norm > 0 else None, warnings=tuple(dict.fromkeys(remarks))
     )
+
+
+def _match(site: LoraSite, start: Factors) -> float | None:
+    """Re-scale a layer for `match_lr` and return ρ; None for a start that cannot train, which is refused elsewhere."""
+    try:
+        ratio = rate_ratio(start.A.flatten(1), start.B.flatten(1), site.scaling)
+    except ValueError:
+        return None
+    rescale.scale(site, ratio)
+    return ratio
 
 
 def _layer_warnings(site: LoraSite, size: float, weight_norm: float, base: Base) -> tuple[str, ...]:

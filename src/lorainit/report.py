@@ -21,6 +21,8 @@ class LayerReport:
         seconds: time spent on this layer.
         extra_bytes: memory of the frozen A₀, B₀ that an offset or subtracted start keeps.
         warnings: what the user should know about this layer.
+        rate_ratio: ρ of ``match_lr``: the learning rate η acts on this layer as ρη would on the start as its method
+            gives it, whose scaling is ``scaling``/ρ²; None where nothing was matched.
     """
 
     name: str
@@ -33,6 +35,7 @@ class LayerReport:
     seconds: float
     extra_bytes: int = 0
     warnings: tuple[str, ...] = ()
+    rate_ratio: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,14 @@ class InitReport:
         """Return a table with one row a layer."""
         header = ("layer", "shape", "r", "s", "|sBA|/|W|", "base", "ms", "KiB")
         rows = [header, *(_row(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        matched = [layer.rate_ratio for layer in self.layers if layer.rate_ratio is not None]
+        if matched:
+            ratios = [
+                "rate",
+                *("-" if layer.rate_ratio is None else f"{layer.rate_ratio:.3g}" for layer in self.layers),
+            ]
+            rows = [(*row, ratio) for row, ratio in zip(rows, ratios, strict=True)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         table = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         table.insert(1, "-" * len(table[0]))
         options = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
@@ -103,6 +113,11 @@ class InitReport:
         if doubled:
             notes.append(
                 f"saved exactly, this adapter has rank {2 * max(doubled)}; save_pretrained(rank=...) truncates it"
+            )
+        if matched:
+            notes.append(
+                "match_lr: train at the learning rate that suits vanilla LoRA; it acts as if multiplied by "
+                f"{min(matched):.3g} to {max(matched):.3g} (column rate)"
             )
         notes += [f"warning: {layer.name}: {w}" for layer in self.layers for w in layer.warnings]
         return "\n".join([title, *table, *notes])

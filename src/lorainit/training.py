@@ -75,6 +75,7 @@ class Recipe:
         method_options: the method's options, e.g. ``{exact: true}``.
         base: what to do about BA ≠ 0, as in `lorainit.initialize`.
         ranks: how the layers get their ranks, as in `lorainit.initialize`.
+        match_lr: re-scale the start so that vanilla LoRA's learning rate suits it, as in `lorainit.initialize`.
         start: folder made by ``lorainit init`` to take the start from, instead of computing it.
         lora: fields of `peft.LoraConfig` (default r 8, lora_alpha 16, all linear layers).
         data: which rows are used.
@@ -92,6 +93,7 @@ class Recipe:
     method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     base: str = "auto"
     ranks: RankRule = dataclasses.field(default_factory=lambda: RankRule("fixed"))
+    match_lr: bool = False
     start: str | None = None
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
@@ -219,6 +221,7 @@ def _start(model: PeftModel, method: Method, recipe: Recipe, rows: Dataset | Non
         data=data,
         seed=recipe.seed,
         base=recipe.base,  # pyright: ignore[reportArgumentType]
+        match_lr=recipe.match_lr,
         memory_budget=recipe.calibration.memory_budget,
         ranks=recipe.ranks,
     )

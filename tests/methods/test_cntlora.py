@@ -229,7 +229,7 @@ def test_method_turns_sums_into_means_and_passes_its_options_on(site):
         close(got.A, expected.A)
         close(got.B, expected.B)
         wanted = {k: v for k, v in options.items() if k not in ("drift", "exact")}
-        close(method.energies(layer, sums(X), proxy), energies(W, C, **wanted, **other))
+        close(method.energies(layer, sums(X), proxy), energies(W, C, **{"moment": "centred", **wanted, **other}))
 
 
 def test_it_is_labelled_a_reconstruction_and_says_what_it_does_to_the_function():
