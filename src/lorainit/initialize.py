@@ -18,6 +18,7 @@ from . import checkpoint, rescale
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
 from .calibration import (
     Known,
+    collected_sums,
     layer_groups,
     own_precision,
     parse_bytes,
@@ -130,12 +131,20 @@ def initialize(
             saved: dict[str, Any] = {}
             batches = usable_batches(method, data, max_batches, cached=cache is not None)
             rows: dict[str, LayerReport] = {}
-            collection = {"memory_budget": parse_bytes(memory_budget), "micro_batch": micro_batch, "offload": offload}
-            collection |= {"progress": progress, "cache": cache, "saved": saved}
-            request = method.request and method.request.seeded(seed)
-            if rule.rule != "fixed" and request is not None:  # the worth of every component, not of the leading ones
-                request = dataclasses.replace(request, sketch=None)
-            collecting = functools.partial(layer_groups, model, method, request, batches, proxy_data, **collection)
+            collecting = functools.partial(
+                layer_groups,
+                model,
+                method,
+                collected_sums(method, rule, seed),
+                batches,
+                proxy_data,
+                memory_budget=parse_bytes(memory_budget),
+                micro_batch=micro_batch,
+                offload=offload,
+                cache=cache,
+                saved=saved,
+                progress=progress,
+            )
             groups = collecting(sites)
             if rule.rule != "fixed":
                 bare = {site.name: _without_rank(site) for site in sites}
