@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from lorainit import available
+from lorainit import available, cli, get_method
 from lorainit.cli import main
 from runs import save_sentences, save_tiny_bert
 
@@ -57,6 +58,51 @@ def test_start_train_evaluate_export_and_merge_go_hand_in_hand(files, tmp_path, 
     capsys.readouterr()
     assert main(["evaluate", "--model", str(tmp_path / "merged"), "--task", "sst2", *data]) == 0
     assert json.loads(capsys.readouterr().out) == pytest.approx(exact, rel=1e-4)
+
+
+def test_a_short_training_takes_its_teacher_and_its_origin_by_name(files, tmp_path) -> None:
+    teacher = str(tmp_path / "teacher")
+    assert main(["train", "--config", files["config"], "--lora.r", "4", "--output", teacher]) == 0
+    recipe = tmp_path / "abm.yaml"
+    recipe.write_text(
+        Path(files["config"]).read_text().replace("method: kaiming", "method: abm")
+        + f"method_options: {{teacher: {teacher}/adapter, origin: orthogonal, layers: last 1, steps: 3}}\n"
+    )
+    start = str(tmp_path / "start")
+    assert main(["init", "--config", str(recipe), "--output", start]) == 0
+    options = ["--method_options.origin", "pissa"]
+    for name, more in (("direct", []), ("loaded", ["--start", start]), ("other", options)):
+        assert main(["train", "--config", str(recipe), *more, "--output", str(tmp_path / name)]) == 0
+    results = {n: json.loads((tmp_path / n / "result.json").read_text()) for n in ("direct", "loaded", "other")}
+    details = results["direct"]["init"]["details"]
+    assert (details["teacher"], len(details["loss_curve"])) == ("folder", 3)
+    assert results["loaded"]["curves"]["loss"] == results["direct"]["curves"]["loss"]
+    assert {row["base"] for row in results["other"]["init"]["layers"]} == {"offset"}
+
+
+def test_every_recipe_that_ships_is_one() -> None:
+    recipes = sorted(Path(__file__).parents[1].glob("recipes/**/*.yaml"))
+    assert len(recipes) >= 4
+    for recipe in recipes:
+        _, options = cli._parse(["train", "--config", str(recipe)])
+        get_method(options["method"], **options["method_options"])
+
+
+def test_diagnose_prints_a_table_or_json_and_writes_a_page(files, tmp_path, capsys) -> None:
+    options = ["diagnose", "--config", files["config"], "--method", "pissa", "--batches", "2", "--batch_size", "4"]
+    options += ["--reference_lr", "1e-3", "--output", str(tmp_path)]
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert "information loss" in printed
+    assert "× vanilla's" in printed
+    stored = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert (stored["method"], stored["batches"], stored["rows"]) == ("pissa", 2, 8)
+    assert stored["advice"]["learning_rate"] < 1e-3
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".html", ".png"}
+    assert main([*options, "--json"]) == 0
+    output = capsys.readouterr().out
+    assert json.loads(output[output.index("{") :])["layers"][0]["rank"] == 2
+    assert main(["init", "--config", files["config"], "--match_lr", "true", "--output", str(tmp_path / "start")]) == 0
 
 
 @pytest.mark.parametrize(

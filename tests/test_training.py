@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 
-from lorainit import LoraInitError, NonFiniteError, available, checkpoint
+from lorainit import LoraInitError, NonFiniteError, RankRule, available, checkpoint
 from lorainit.tasks import DataOptions, get_task
 from lorainit.training import Calibration, Recipe, evaluate, load_base, merge_folder, resolve_model, train
 from runs import save_sentences, save_tiny_bert
@@ -57,6 +58,7 @@ def test_the_result_file_has_everything_needed_to_repeat_the_run(files, tmp_path
     fields = stored["recipe"] | {
         "data": DataOptions(**stored["recipe"]["data"]),
         "calibration": Calibration(**stored["recipe"]["calibration"]),
+        "ranks": RankRule(**stored["recipe"]["ranks"]),
         "output": str(tmp_path / "again"),
     }
     assert train(Recipe(**fields))["curves"]["loss"] == stored["curves"]["loss"]
@@ -158,3 +160,19 @@ def test_the_real_small_llama_learns_stories_and_its_plain_adapter_loads_on_a_fr
     assert all(0 < e < 1 for e in errors.values())
     after = evaluate(model, "tinystories", adapter=str(tmp_path / "adapter"), data=data)["loss"]
     assert after == pytest.approx(result["metrics"]["loss"], rel=1e-5)
+
+
+def test_a_label_free_method_calibrates_on_a_file_without_labels_and_shares_ranks(files, tmp_path) -> None:
+    rows = Dataset.from_dict({"sentence": ["the good film", "a very bad plot", "not the plot"] * 4})
+    rows.to_parquet(str(tmp_path / "text.parquet"))
+    calibration = Calibration(file=str(tmp_path / "text.parquet"))
+    fields = {"calibration": calibration, "ranks": RankRule("budget"), "lora": {"r": 2}}
+    result = train(recipe(files, tmp_path / "run", method="eva", **fields))
+    assert len({layer["rank"] for layer in result["init"]["layers"]}) > 1
+    again = evaluate(files[0], "sst2", adapter=str(tmp_path / "run" / "adapter"), data=files[1])
+    assert again == pytest.approx(result["metrics"], rel=1e-4)
+    with pytest.raises(LoraInitError, match="must hold 'labels'"):
+        train(recipe(files, tmp_path / "two", method="lora-one", calibration=calibration))
+    with pytest.raises(LoraInitError, match="exclude each other"):
+        both = Calibration(file="a", split="train")
+        train(recipe(files, tmp_path / "three", method="eva", calibration=both))

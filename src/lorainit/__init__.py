@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from . import methods
 from .checkpoint import export, load, merge, save_pretrained
+from .diagnostics.diagnose import diagnose
+from .diagnostics.diagnosis import Diagnosis, LayerDiagnosis
 from .diagnostics.learning_rate import LrAdvice, suggest_lr
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from .initialize import initialize
 from .methods import Factors, Method, MethodInfo, available, get_method, register
+from .methods.abm import ABMLoRA
 from .methods.ag_lora import AGLoRA
 from .methods.cntlora import CNTLoRA
 from .methods.corda import CorDA
 from .methods.eva import EVA
 from .methods.gaussian import Gaussian
+from .methods.hrp import HRP
 from .methods.init_ab import InitAB
 from .methods.kaiming import Kaiming
 from .methods.lora_da import LoRADA
@@ -28,20 +32,25 @@ from .methods.milora import MiLoRA
 from .methods.olora import OLoRA
 from .methods.orthogonal import Orthogonal
 from .methods.pissa import PiSSA
+from .ranks import RankRule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, find_sites
 from .version import __version__
 
 __all__ = [
+    "ABMLoRA",
     "AGLoRA",
     "CNTLoRA",
     "CorDA",
+    "Diagnosis",
     "EVA",
     "Factors",
     "Gaussian",
+    "HRP",
     "InitAB",
     "InitReport",
     "Kaiming",
+    "LayerDiagnosis",
     "LayerReport",
     "LoRADA",
     "LoRAGA",
@@ -57,9 +66,11 @@ __all__ = [
     "OLoRA",
     "Orthogonal",
     "PiSSA",
+    "RankRule",
     "UnsupportedLayerError",
     "__version__",
     "available",
+    "diagnose",
     "export",
     "find_sites",
     "get_method",

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from . import offset
@@ -30,7 +29,7 @@ class Undo:
         """Start with nothing to undo."""
         self._adapters: list[tuple[LoraSite, list[Tensor], bool | None]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
-        self._scalings: list[tuple[LoraLayer, str, float, float]] = []
+        self._calls: list[Callable[[], object]] = []
 
     def remember_adapter(self, site: LoraSite) -> None:
         """Copy the adapter's trained factors and its offset, if it has one."""
@@ -46,14 +45,12 @@ class Undo:
         """Copy a tensor that is about to be written in place."""
         self._tensors.append((tensor, tensor.detach().clone()))
 
-    def remember_scaling(self, layer: LoraLayer, adapter_name: str) -> None:
-        """Keep a layer's scaling and the alpha that it comes from."""
-        self._scalings.append((layer, adapter_name, layer.scaling[adapter_name], layer.lora_alpha[adapter_name]))
+    def call(self, put_back: Callable[[], object]) -> None:
+        """Remember a change of another kind by what takes it back; the last one is taken back first."""
+        self._calls.append(put_back)
 
     def restore(self) -> None:
-        """Put everything that was remembered back, bit for bit."""
-        for layer, adapter_name, scaling, alpha in self._scalings:
-            layer.scaling[adapter_name], layer.lora_alpha[adapter_name] = scaling, alpha
+        """Put every remembered tensor back, bit for bit, and take the other changes back."""
         with torch.no_grad():
             for tensor, copy in self._tensors:
                 tensor.copy_(copy)
@@ -66,6 +63,8 @@ class Undo:
                     offset.attach(*pair, base_edited=edited)
                 for module, trained in zip(pair, copies[:2], strict=True):
                     offset.trained_factor(module).copy_(trained)
+        for put_back in reversed(self._calls):  # last: they may put modules back that the tensors are not of
+            put_back()
 
 
 @contextlib.contextmanager
@@ -107,6 +106,24 @@ def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
             _subtract(site, undo)
         offset.attach(*pair, base_edited=base == "subtract")
     return True
+
+
+def write_factors(site: LoraSite, factors: Factors) -> None:
+    """Write factors into an adapter that has been started, and is remembered, already; an offset stays as it is.
+
+    Raises:
+        NonFiniteError: they are not finite in the adapter's dtype.
+        UnsupportedLayerError: both are zero there.
+    """
+    trained = [offset.trained_factor(module) for module in (site.lora_A, site.lora_B)]
+    stored = [factor.to(old).reshape(old.shape) for factor, old in zip(factors, trained, strict=True)]
+    if not all(bool(torch.isfinite(factor).all()) for factor in stored):
+        raise NonFiniteError(f"layer '{site.name}': the start is not finite in the adapter's {trained[0].dtype}")
+    if not any(bool(factor.any()) for factor in stored):
+        raise UnsupportedLayerError(f"layer '{site.name}': the start is dead: A = B = 0 in the adapter's dtype")
+    with torch.no_grad():
+        for parameter, factor in zip(trained, stored, strict=True):
+            parameter.copy_(factor)
 
 
 def _check_start(site: LoraSite, largest_A: float, largest_B: float) -> None:

@@ -45,6 +45,7 @@ from .apply import all_or_nothing
 from .errors import LoraInitError
 from .linalg import truncate_product
 from .report import InitReport
+from .resize import resize
 from .sites import find_sites, lora_layers, pattern_name, site_name
 
 
@@ -230,6 +231,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
     ratios = {row.name: row.rate_ratio for row in report.layers if row.rate_ratio is not None}
     with all_or_nothing() as undo:
         scalings = rescale.begin(model, adapter_name, undo, needed=bool(ratios))
+        if report.ranks["rule"] != "fixed":
+            ranks = {row.name: row.rank for row in report.layers}
+            sites = resize(model, sites, {site.name: ranks.get(site.name, site.rank) for site in sites}, undo)
         for site in sites:
             rescale.scale(site, ratios.get(site.name, 1.0))
         _check_same_layers(path, report, lora_layers(model, adapter_name), adapter_name)
@@ -243,7 +247,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         for tensor in present.values():
             undo.remember_tensor(tensor)
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
-        rescale.finish(model, adapter_name, scalings)
+        rescale.finish(model, adapter_name, scalings, undo)
         mark_started(model, adapter_name, report)
     return report
 
@@ -294,7 +298,7 @@ def _check_rank(rank: int | None) -> None:
 
 def _check_same_layers(path: Path, report: InitReport, layers: list[tuple[str, LoraLayer]], adapter_name: str) -> None:
     """Raise unless the adapter has the layers, ranks and scalings of the one that was saved."""
-    saved = {row.name: (row.rank, row.scaling) for row in report.layers}
+    saved = {row.name: (row.rank, row.scaling) for row in report.layers if row.rank > 0}
     present = {name: (layer.r[adapter_name], float(layer.scaling[adapter_name])) for name, layer in layers}
     names = sorted(saved.keys() ^ present.keys())
     if names:

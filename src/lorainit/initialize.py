@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import itertools
-import re
+import functools
+import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
-import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
 
 from . import checkpoint, rescale
-from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_start
+from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
+from .calibration import (
+    Known,
+    layer_groups,
+    own_precision,
+    parse_bytes,
+    rank_rule,
+    share_out,
+    usable_batches,
+)
 from .cost import measure
-from .diagnostics.magnitude import rate_ratio
 from .errors import LoraInitError, UnsupportedLayerError
-from .linalg import product_norm, to_double
+from .generators import layer_generator
+from .linalg import product_norm
 from .methods import Factors, Method, get_method
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
+from .ranks import RankRule, Rule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
-from .statistics import LayerStatistics
-from .statistics.collect import collect_groups
 
 
 def initialize(
@@ -42,6 +47,11 @@ def initialize(
     base: Literal["auto", "offset", "keep", "subtract"] = "auto",
     max_batches: int | None = None,
     memory_budget: int | str | None = None,
+    ranks: Rule | RankRule = "fixed",
+    micro_batch: int | None = None,
+    offload: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+    proxy_data: Iterable[Any] | None = None,
     on_unsupported: Literal["error", "default"] = "error",
     match_lr: bool = False,
     progress: bool = True,
@@ -65,6 +75,17 @@ def initialize(
         max_batches: use at most so many batches of ``data``.
         memory_budget: bytes ("4GiB") that statistics of the data may take at a time; layers then go in groups, and the
             data are run once a group. Default: all layers at once.
+        ranks: how the layers get their ranks. ``"fixed"``: as the adapter was made. Else the layers' components compete
+            for the sum of those ranks (``"budget"``), for that many parameters (``"cost"``), or every layer takes what
+            holds 90 % of its energy (``"energy"``); `lorainit.RankRule` has the options. The scaling of a layer stays;
+            a layer that gets rank 0 loses its adapter. Only for methods whose start is a list of components.
+        micro_batch: rows of a batch that run at a time while statistics are collected: less memory for activations, the
+            same statistics (the loss of a batch must be a mean over its terms, as in Transformers' models).
+        offload: keep statistics in CPU memory while the model runs on an accelerator.
+        cache: where statistics are saved, and found again when the model, the data and what is needed are the same: a
+            folder; or a file (``.safetensors``), which may stand in for ``data``. A damaged file, or one of another
+            model or other data, is an error. The report's ``details`` name the file. Not with ``memory_budget``.
+        proxy_data: batches like those of pre-training, for the constraints of `CNTLoRA` that compare with such.
         on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
             out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
             a warning and a row in the report.
@@ -92,31 +113,49 @@ def initialize(
     method = get_method(method)
     _check_choice("base", base, ("auto", *get_args(Base)))
     _check_choice("on_unsupported", on_unsupported, ("error", "default"))
-    treatment: Base = base if base != "auto" else "offset" if method.info.product == "preserve" else "keep"
+    rule = rank_rule(ranks, method)
+    treatment: Base = base if base != "auto" else "offset" if method.product == "preserve" else "keep"
     sites, unsupported = find_sites(model, adapter_name)
     _check_startable(model, adapter_name, sites, unsupported, method, on_unsupported)
     if treatment == "subtract":
         check_can_subtract(model, sites)
 
+    layers = lora_layers(model, adapter_name)
     with all_or_nothing() as undo:
         scalings = rescale.begin(model, adapter_name, undo, needed=match_lr)
         with measure() as cost:
-            batches = _batches(method, data, max_batches)
-            fit = _fit(model, sites, method, batches, seed, progress)
+            saved: dict[str, Any] = {}
+            batches = usable_batches(method, data, max_batches, cached=cache is not None)
             rows: dict[str, LayerReport] = {}
+            collection = {"memory_budget": parse_bytes(memory_budget), "micro_batch": micro_batch, "offload": offload}
+            collection |= {"progress": progress, "cache": cache, "saved": saved}
+            request = method.request and method.request.seeded(seed)
+            if rule.rule != "fixed" and request is not None:  # the worth of every component, not of the leading ones
+                request = dataclasses.replace(request, sketch=None)
+            collecting = functools.partial(layer_groups, model, method, request, batches, proxy_data, **collection)
+            groups = collecting(sites)
+            if rule.rule != "fixed":
+                bare = {site.name: _without_rank(site) for site in sites}
+                kept, groups = share_out(model, sites, method, rule, seed, collecting, undo, skip=on_unsupported)
+                names = {site.name for site in kept}
+                rows = {name: row for name, row in bare.items() if name not in names}
             bar = tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False)
-            for group, statistics in _groups(model, sites, method, batches, parse_bytes(memory_budget), progress):
+            for group, statistics in groups:
                 for site in group:
-                    known = fit.starts.get(site.name) or statistics.pop(site.name, None)
+                    known = statistics.pop(site.name, ())
                     try:
-                        rows[site.name] = _start_layer(site, method, seed, treatment, undo, known, match_lr)
+                        rows[site.name] = _start_layer(site, method, seed, treatment, undo, known)
                     except UnsupportedLayerError as error:
                         if on_unsupported == "error":
                             raise
                         unsupported[site.name] = str(error)
                     bar.update()
             bar.close()
-        layers = lora_layers(model, adapter_name)
+            started = [site for site in sites if site.name in rows]
+            fit = _fit(model, started, method, batches, seed, progress)
+            for site in started:
+                row = _move(site, rows[site.name], fit.starts.get(site.name))
+                rows[site.name] = _match(site, row, undo) if match_lr else row
         for name, layer in layers:
             if name in unsupported:
                 rows[name] = _left_alone(name, layer, adapter_name, unsupported[name])
@@ -130,9 +169,11 @@ def initialize(
             layers=tuple(rows[name] for name, _ in layers),
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
-            details=fit.details,
+            ranks=dataclasses.asdict(rule),
+            warnings=fit.warnings,
+            details=fit.details | saved,
         )
-        rescale.finish(model, adapter_name, scalings)
+        rescale.finish(model, adapter_name, scalings, undo)
         for name, reason in unsupported.items():
             warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=2)
         checkpoint.mark_started(model, adapter_name, report)
@@ -173,96 +214,23 @@ def _check_startable(
         )
 
 
-def _batches(method: Method, data: Iterable[Any] | None, max_batches: int | None) -> Iterable[Any]:
-    """Return the batches that the method may use; none for a data-free method.
-
-    Raises:
-        LoraInitError: it needs data, and there are none.
-    """
-    trained = isinstance(method, TrainedMethod)
-    if method.request is None and not trained:
-        return ()
-    if data is None:
-        labels = ", with labels" if "backward" in method.info.needs else ""
-        raise LoraInitError(
-            f"{method.info.name} needs calibration data: pass data=batches as the model takes them{labels}"
-        )
-    if max_batches is not None or isinstance(data, Iterator):
-        return itertools.islice(data, max_batches) if not trained else list(itertools.islice(data, max_batches))
-    return data
-
-
 def _fit(
-    model: nn.Module, sites: list[LoraSite], method: Method, batches: Iterable[Any], seed: int, progress: bool
+    model: nn.Module, sites: list[LoraSite], method: Method, batches: Iterable[Any] | None, seed: int, progress: bool
 ) -> Fit:
     """Return what the method's short training came to; nothing for a method without one."""
-    if not isinstance(method, TrainedMethod):
+    if not (isinstance(method, TrainedMethod) and sites):
         return Fit({}, {})
-    return method.fit(model, sites, batches, seed=seed, progress=progress)
+    return method.fit(model, sites, () if batches is None else batches, seed=seed, progress=progress)
 
 
-def _groups(
-    model: nn.Module,
-    sites: list[LoraSite],
-    method: Method,
-    batches: Iterable[Any],
-    memory_budget: int | None,
-    progress: bool,
-) -> Iterable[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
-    """Return the sites, in groups whose statistics fit the budget, and what the method needs to know about each."""
-    if method.request is None:
-        return [(sites, {})]
-    return collect_groups(model, sites, batches, method.request, memory_budget=memory_budget, progress=progress)
-
-
-def parse_bytes(amount: int | str | None) -> int | None:
-    """Return a memory size in bytes from a number, "4GiB", "500 MB" or None.
-
-    Example:
-        >>> parse_bytes("2 KiB")
-        2048
-    """
-    if amount is None or isinstance(amount, int):
-        return amount
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", amount)
-    if not found:
-        raise LoraInitError(f"memory_budget={amount!r} is no memory size; write bytes, or for example '4GiB'")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
-
-
-@contextlib.contextmanager
-def _own_precision(device: torch.device) -> Iterator[None]:
-    """Compute in the precision that the method asks for: autocast and the default dtype are the caller's business."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-
-
-def _start_layer(
-    site: LoraSite,
-    method: Method,
-    seed: int,
-    base: Base,
-    undo: Undo,
-    known: LayerStatistics | Factors | None,
-    match_lr: bool,
-) -> LayerReport:
+def _start_layer(site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, known: Known) -> LayerReport:
     """Compute the start of one layer, unless it is known already, and write it."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
-    with _own_precision(site.device):
+    with own_precision(site.device):
         with warnings.catch_warnings(record=True) as remarks:  # they belong in this layer's row
             warnings.simplefilter("always")
-            found = isinstance(known, Factors)
-            start = known if found else start_layer(method, site, layer_generator(seed, site.name), known)
-        ratio = _match(site, start) if match_lr else None
-        if ratio is not None:
-            start = Factors(*(to_double(factor) / ratio for factor in start))  # one rounding, to the adapter's dtype
+            start = start_layer(method, site, layer_generator(seed, site.name), *known)
         held = write_start(site, start, base, undo)
         size = site.scaling * product_norm(*site.factors())
     return LayerReport(
@@ -275,19 +243,29 @@ def _start_layer(
         relative_size=size / weight_norm if weight_norm > 0 else None,
         seconds=time.perf_counter() - begin,
         extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
-        rate_ratio=ratio,
         warnings=(*(str(r.message) for r in remarks), *_layer_warnings(site, size, weight_norm, base)),
     )
 
 
-def _match(site: LoraSite, start: Factors) -> float | None:
-    """Re-scale a layer for `match_lr` and return ρ; None for a start that cannot train, which is refused elsewhere."""
-    try:
-        ratio = rate_ratio(start.A.flatten(1), start.B.flatten(1), site.scaling)
-    except ValueError:
-        return None
-    rescale.scale(site, ratio)
-    return ratio
+def _match(site: LoraSite, row: LayerReport, undo: Undo) -> LayerReport:
+    """Re-express the start at another scale, for `match_lr`."""
+    if row.rank == 0:  # the adapter was taken off
+        return row
+    ratio = rescale.match(site, undo)
+    return dataclasses.replace(row, scaling=site.scaling, rate_ratio=ratio)
+
+
+def _move(site: LoraSite, row: LayerReport, factors: Factors | None) -> LayerReport:
+    """Write the factors that a short training came to, if any, over the start; what was frozen or subtracted stays."""
+    if factors is None:
+        return row
+    write_factors(site, factors)
+    size, norm = site.scaling * product_norm(*site.factors()), site.weight_norm
+    base = "keep" if row.base == "none" and size > 0 else row.base
+    remarks = (*row.warnings, *_layer_warnings(site, size, norm, "keep")) if base == "keep" else row.warnings
+    return dataclasses.replace(
+        row, base=base, relative_size=size / norm if norm > 0 else None, warnings=tuple(dict.fromkeys(remarks))
+    )
 
 
 def _layer_warnings(site: LoraSite, size: float, weight_norm: float, base: Base) -> tuple[str, ...]:
@@ -296,6 +274,20 @@ def _layer_warnings(site: LoraSite, size: float, weight_norm: float, base: Base)
     if base == "subtract" and size > 0 and getattr(site.layer.lora_dropout[site.adapter], "p", 0) > 0:
         return ("lora_dropout drops s·BA but not what was subtracted: the function changes while training",)
     return ()
+
+
+def _without_rank(site: LoraSite) -> LayerReport:
+    return LayerReport(
+        name=site.name,
+        kind=site.kind,
+        shape=(site.out_features, site.in_features),
+        rank=0,
+        scaling=site.scaling,
+        base="none",
+        relative_size=0.0,
+        seconds=0.0,
+        warnings=("its components were worth less than those of other layers: rank 0, the adapter was taken off",),
+    )
 
 
 def _left_alone(name: str, layer: LoraLayer, adapter_name: str, reason: str) -> LayerReport:
@@ -312,13 +304,8 @@ def _left_alone(name: str, layer: LoraLayer, adapter_name: str, reason: str) -> 
     )
 
 
-def layer_generator(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator for one layer: independent streams by name, the same in any order and on any device."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
 def _options(method: Method) -> dict[str, Any]:
-    """Return a method's options as JSON types; a nested method becomes its name and options."""
+    """Return a method's options as JSON types; a nested method becomes its name and options, a module its class."""
     options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    options = {k: type(v).__name__ if isinstance(v, nn.Module) else v for k, v in options.items()}
     return {k: {"method": v.info.name, **_options(v)} if isinstance(v, Method) else v for k, v in options.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -9,6 +10,33 @@ from typing import Literal, get_args
 from ._typing import Tensor
 
 Rule = Literal["budget", "fixed", "energy", "cost"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RankRule:
+    """The rule by which layers get their ranks, with its options as `allocate` explains them.
+
+    Attributes:
+        rule: ``"fixed"`` (the ranks as asked for), ``"budget"``, ``"energy"`` or ``"cost"``.
+        rho: the cap relative to the rank that was asked for.
+        threshold: of ``"energy"``: the part of a layer's energy that it gets to hold.
+        minimum: of ``"energy"``: the smallest rank.
+    """
+
+    rule: Rule = "budget"
+    rho: float = 2.0
+    threshold: float = 0.9
+    minimum: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"rule={self.rule!r} is not one of {list(get_args(Rule))}")
+        if not (1 <= self.rho < math.inf and 0 < self.threshold <= 1 and self.minimum >= 0):
+            raise ValueError(
+                f"rho must be ≥ 1, threshold in (0, 1] and minimum ≥ 0, got {self.rho}, {self.threshold} and "
+                f"{self.minimum}"
+            )
 
 
 def allocate(
@@ -20,11 +48,12 @@ def allocate(
     threshold: float = 0.9,
     minimum: int = 1,
     shapes: Mapping[str, tuple[int, int]] | None = None,
+    limits: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Return a rank for every layer.
 
     A component's share is its part of its own layer's energy, e_{l,i} = S²_{l,i} / Σ_j S²_{l,j}. No layer gets more
-    than its cap, round(ρ·r_l) or as many components as it has; the cap is applied before shares compete.
+    than its cap, round(ρ·r_l) or as many components as it has (or its limit); the cap is applied before shares compete.
 
     - ``"budget"``: the Σ r_l largest shares over all layers (the rule of EVA, arXiv:2410.07170). The ranks add up to
       Σ r_l exactly wherever the caps do not add up to less; a layer may get 0.
@@ -44,20 +73,19 @@ def allocate(
         threshold: of rule ``"energy"``, between 0 (excluded) and 1.
         minimum: of rule ``"energy"``, at least 0.
         shapes: (out, in) of each layer; rule ``"cost"`` needs it.
+        limits: the highest rank that each layer can have, where that is less than the number of its components.
 
     Raises:
         ValueError: an unknown rule, a number out of range, layers that differ, or energies that are not finite,
             negative or not descending.
     """
-    if rule not in get_args(Rule):
-        raise ValueError(f"rule={rule!r} is not one of {list(get_args(Rule))}")
-    if not (1 <= rho < math.inf and 0 < threshold <= 1 and minimum >= 0):
-        raise ValueError(f"rho must be ≥ 1, threshold in (0, 1] and minimum ≥ 0, got {rho}, {threshold} and {minimum}")
+    RankRule(rule, rho, threshold, minimum)  # its checks
     if rule == "fixed":
         return dict(ranks)
     _require_same_layers("energies", energies, ranks)
     shares = {name: _shares(name, energies[name]) for name in ranks}
-    caps = {name: min(round(rho * rank), len(shares[name])) for name, rank in ranks.items()}
+    most = {name: len(held) for name, held in shares.items()} if limits is None else limits
+    caps = {name: min(round(rho * rank), len(shares[name]), most[name]) for name, rank in ranks.items()}
     if rule == "energy":
         return {name: _enough(shares[name], threshold, min(minimum, cap), cap) for name, cap in caps.items()}
     if rule == "budget":

@@ -14,7 +14,7 @@ class LayerReport:
         name: module path in the base model.
         kind: linear, conv1d, conv, or "default" for a layer that was left as it was (PEFT's default, if fresh).
         shape: of the weight as (out, in).
-        rank: r of the adapter.
+        rank: r of the adapter; 0 for a layer that has lost its adapter to others (see ``ranks`` of `initialize`).
         scaling: PEFT's multiplier s.
         base: what happened to the base: ``"none"`` (BA = 0, nothing to do), ``"offset"``, ``"keep"``, ``"subtract"``.
         relative_size: ‖s·BA‖_F / ‖W‖_F at step 0; None where W = 0 or nothing was started.
@@ -53,6 +53,7 @@ class InitReport:
         seconds: total time.
         peak_bytes: peak memory above the model during the start, None where it cannot be read.
         warnings: what concerns the whole adapter.
+        ranks: the rule that gave the layers their ranks, with its options.
         details: what else the method tells about its work, as JSON types.
     """
 
@@ -66,6 +67,7 @@ class InitReport:
     seconds: float
     peak_bytes: int | None
     warnings: tuple[str, ...] = ()
+    ranks: dict[str, Any] = dataclasses.field(default_factory=lambda: {"rule": "fixed"})
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

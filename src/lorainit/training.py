@@ -18,6 +18,7 @@ from .cost import measure
 from .errors import LoraInitError, NonFiniteError
 from .initialize import initialize
 from .methods import Method, get_method
+from .ranks import RankRule
 from .report import InitReport
 from .tasks import DataOptions, Task, fingerprint, get_task
 
@@ -46,14 +47,18 @@ TRAIN_DEFAULTS["warmup_ratio" if hasattr(TrainingArguments, "warmup_ratio") else
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Which rows a data-driven start sees: the first of the training rows, unshuffled.
+    """Which rows a data-driven start sees: the first of a set, unshuffled.
 
     Attributes:
+        split: name of the split to take; default: the rows that are trained on.
+        file: parquet file to take instead, in the task's columns; for a method without gradients it needs no labels.
         samples: number of rows.
         batch_size: rows a batch; it does not change the start.
         memory_budget: memory that the statistics may take at a time, e.g. ``4GiB``; default: all at once.
     """
 
+    split: str | None = None
+    file: str | None = None
     samples: int = 256
     batch_size: int = 8
     memory_budget: str | None = None
@@ -69,11 +74,12 @@ class Recipe:
         method: how the adapter starts.
         method_options: the method's options, e.g. ``{exact: true}``.
         base: what to do about BA ≠ 0, as in `lorainit.initialize`.
+        ranks: how the layers get their ranks, as in `lorainit.initialize`.
         match_lr: re-scale the start so that vanilla LoRA's learning rate suits it, as in `lorainit.initialize`.
         start: folder made by ``lorainit init`` to take the start from, instead of computing it.
         lora: fields of `peft.LoraConfig` (default r 8, lora_alpha 16, all linear layers).
         data: which rows are used.
-        calibration: which of the training rows a data-driven start sees.
+        calibration: which rows a data-driven start sees.
         train: fields of `transformers.TrainingArguments`.
         dtype: of the base weights.
         seed: of the head, the data order, dropout and the start.
@@ -86,6 +92,7 @@ class Recipe:
     method: str = "kaiming"
     method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     base: str = "auto"
+    ranks: RankRule = dataclasses.field(default_factory=lambda: RankRule("fixed"))
     match_lr: bool = False
     start: str | None = None
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -119,7 +126,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
         if recipe.start is not None:
             report = checkpoint.load(model, recipe.start)
         else:
-            report = _start(model, method, recipe, train_set, task.collator(tokenizer))
+            report = _start(
+                model,
+                method,
+                recipe,
+                _calibration(method, recipe, task, tokenizer, train_set),
+                task.collator(tokenizer),
+            )
 
     trainer = FiniteTrainer(
         model=model,
@@ -171,21 +184,61 @@ def start(recipe: Recipe) -> InitReport:
         raise LoraInitError("base='subtract' edits the base weights, which an adapter folder cannot hold")
     set_seed(recipe.seed)
     model, tokenizer, fresh = load_base(recipe.model, task, recipe.dtype)
-    rows = None
-    if method.request is not None:
-        rows = task.encode(task.load_data(recipe.data, recipe.seed)[0], tokenizer, recipe.data.max_length)
+    rows = _calibration(method, recipe, task, tokenizer)
     model = add_lora(model, task, recipe.lora, fresh)
     report = _start(model, method, recipe, rows, task.collator(tokenizer))
     model.save_pretrained(recipe.output)
     return report
 
 
+def started(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Dataset, int]:
+    """Carry out a recipe up to the start.
+
+    Returns:
+        The model, its tokenizer, the encoded training rows, and how many of them, from the first, the start has seen.
+
+    Raises:
+        LoraInitError: anything wrong in the recipe.
+    """
+    task = get_task(recipe.task)
+    method = get_method(recipe.method, **recipe.method_options)
+    set_seed(recipe.seed)
+    model, tokenizer, fresh = load_base(recipe.model, task, recipe.dtype)
+    rows = task.encode(task.load_data(recipe.data, recipe.seed)[0], tokenizer, recipe.data.max_length)
+    model = add_lora(model, task, recipe.lora, fresh)
+    if recipe.start is not None:
+        checkpoint.load(model, recipe.start)
+        return model, tokenizer, rows, 0
+    seen = _calibration(method, recipe, task, tokenizer, rows)
+    _start(model, method, recipe, seen, task.collator(tokenizer))
+    own = recipe.calibration.split is None and recipe.calibration.file is None
+    return model, tokenizer, rows, len(seen) if seen is not None and own else 0
+
+
+def _calibration(
+    method: Method, recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, train_set: Dataset | None = None
+) -> Dataset | None:
+    """Return the encoded rows that a data-driven start sees; None for a data-free one."""
+    if not method.info.needs:
+        return None
+    wanted = recipe.calibration
+    if wanted.split is not None and wanted.file is not None:
+        raise LoraInitError("calibration: split and file exclude each other")
+    if wanted.split is not None or wanted.file is not None:
+        rows = task.load_rows(recipe.data, split=wanted.split, file=wanted.file)
+        rows = task.encode(rows, tokenizer, recipe.data.max_length)
+    elif train_set is not None:
+        rows = train_set
+    else:
+        rows = task.encode(task.load_data(recipe.data, recipe.seed)[0], tokenizer, recipe.data.max_length)
+    return rows.select(range(min(wanted.samples, len(rows))))
+
+
 def _start(model: PeftModel, method: Method, recipe: Recipe, rows: Dataset | None, collator: Any) -> InitReport:
     """Start the adapter, on the calibration rows if there are any."""
     data = None
     if rows is not None:
-        chosen = rows.select(range(min(recipe.calibration.samples, len(rows))))
-        data = DataLoader(chosen, batch_size=recipe.calibration.batch_size, collate_fn=collator)  # pyright: ignore
+        data = DataLoader(rows, batch_size=recipe.calibration.batch_size, collate_fn=collator)  # pyright: ignore
     return initialize(
         model,
         method,
@@ -194,6 +247,7 @@ def _start(model: PeftModel, method: Method, recipe: Recipe, rows: Dataset | Non
         base=recipe.base,  # pyright: ignore[reportArgumentType]
         match_lr=recipe.match_lr,
         memory_budget=recipe.calibration.memory_budget,
+        ranks=recipe.ranks,
     )
 
 

@@ -224,7 +224,8 @@ def test_method_turns_sums_into_means_and_passes_its_options_on(site):
         got = method.start(layer, seeded(), sums(X), proxy)
         drift = None if method.constraint == "F3" else {"drift": 0.01, **options}["drift"]
         other = {k: v for k, v in known(X, PROXY).items() if proxy is not None or k == "input_mean"}
-        expected = factors(W, C, 3, 2.0, generator=seeded(), **{**options, **other, "drift": drift})
+        chosen = {"moment": "centred", **options, **other, "drift": drift}
+        expected = factors(W, C, 3, 2.0, generator=seeded(), **chosen)
         close(got.A, expected.A)
         close(got.B, expected.B)
         wanted = {k: v for k, v in options.items() if k not in ("drift", "exact")}

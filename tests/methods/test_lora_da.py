@@ -63,7 +63,7 @@ def layer(out: int, n: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return with_spectrum(out, n, [1.0, 0.5, 0.2, 0.1], seed=seed + 2) @ Z + 0.02 * noise, Z, y
 
 
-def omega(G, Z, y, N, *, rho=0.1, beta=1.0, T=1.0) -> tuple[Tensor, Tensor]:
+def omega(G, Z, y, N, *, rho=1.0, beta=1.0, T=1.0) -> tuple[Tensor, Tensor]:
     """Return Ω and Δ̂ as the specification writes them, with an inverse."""
     inverse = torch.linalg.inv(Z + rho * Z.diagonal().mean() * eye(len(Z)))
     u = 1 / (T * (y + rho * y.mean()))

@@ -248,7 +248,7 @@ def test_a_value_that_is_no_number_is_located_by_layer_and_batch() -> None:
         model.get_base_model().model.embed_tokens.weight[7] = torch.nan
     clean, broken = (torch.full((2, 4), i) for i in (1, 7))
     data = [{"input_ids": ids} for ids in (clean, broken)]
-    with pytest.raises(NonFiniteError, match=f"'{sites[0].name}', batch 1: input_second_moment"):
+    with pytest.raises(NonFiniteError, match=f"'{sites[0].name}', batch 1: NaN or infinite entries in its inputs"):
         sums(model, sites, data, FORWARD)
 
 

@@ -66,3 +66,18 @@ def test_the_fingerprint_is_of_the_content_and_its_order() -> None:
 def test_the_published_validation_sets_are_read_whole(shared) -> None:
     _, validation = get_task("rte").load_data(DataOptions(path=str(shared / "data/glue/rte")), seed=0)
     assert len(validation) == 277
+
+
+def test_calibration_rows_come_from_a_named_split_or_a_file_and_may_lack_labels(tmp_path) -> None:
+    Dataset.from_dict({"sentence": ["a", "b"]}).to_parquet(str(tmp_path / "unlabelled.parquet"))
+    Dataset.from_dict({"label": [1]}).to_parquet(str(tmp_path / "wrong.parquet"))
+    task, options = get_task("sst2"), DataOptions(path=str(tmp_path))
+    assert list(task.load_rows(options, split="unlabelled")["sentence"]) == ["a", "b"]
+    assert list(task.load_rows(options, file=str(tmp_path / "unlabelled.parquet"))["sentence"]) == ["a", "b"]
+    for arguments, message in (
+        ({"split": "none"}, "there is no file .*none.parquet"),
+        ({"file": "none.parquet"}, "there is no file none.parquet"),
+        ({"file": str(tmp_path / "wrong.parquet")}, r"wrong.parquet lacks the columns \['sentence'\]"),
+    ):
+        with pytest.raises(LoraInitError, match=message):
+            task.load_rows(options, **arguments)

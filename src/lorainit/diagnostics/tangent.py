@@ -72,14 +72,14 @@ def best_loss(G: Float[Tensor, "out in"], rank: int) -> float:
     The residual is G less a matrix of rank 2r at most, so that Eckart–Young bounds it; A and B on disjoint halves of
     the 2r leading singular directions reach the bound (as LoRA-GA's do). nan where G = 0.
     """
-    energies = squared_singular_values(to_double(G))
+    energies = squared_singular_values(G)
     total = float(energies.sum())
     return math.sqrt(float(energies[2 * rank :].sum()) / total) if total > 0 else math.nan
 
 
 def best_loss_of_A(G: Float[Tensor, "out in"], rank: int) -> float:
     """Return the least loss at B = 0, where A alone counts: √(Σ_{i>r} σ_i² / Σ σ_i²); nan where G = 0."""
-    energies = squared_singular_values(to_double(G))
+    energies = squared_singular_values(G)
     total = float(energies.sum())
     return math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else math.nan
 
@@ -122,9 +122,7 @@ def sgd_step(
     return rate**2 * scaling**3 * second - rate * scaling**2 * update_operator(G, A, B)
 
 
-def alignment(
-    G: Float[Tensor, "out in"], A: Float[Tensor, "r in"], B: Float[Tensor, "out r"]
-) -> tuple[float, float]:
+def alignment(G: Float[Tensor, "out in"], A: Float[Tensor, "r in"], B: Float[Tensor, "out r"]) -> tuple[float, float]:
     """Return (cos(G, 𝒬(G)), ‖𝒬(G)‖/‖G‖); nan where G = 0."""
     Q = update_operator(G, A, B)
     g, q = float(G.norm()), float(Q.norm())

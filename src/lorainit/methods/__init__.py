@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from . import (
+    abm,
     ag_lora,
     cntlora,
     corda,
     eva,
     gaussian,
+    hrp,
     init_ab,
     kaiming,
     lora_da,
@@ -26,6 +28,7 @@ __all__ = [
     "Factors",
     "Method",
     "MethodInfo",
+    "abm",
     "ag_lora",
     "available",
     "cntlora",
@@ -33,6 +36,7 @@ __all__ = [
     "eva",
     "gaussian",
     "get_method",
+    "hrp",
     "init_ab",
     "kaiming",
     "lora_da",

@@ -15,7 +15,7 @@ from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
 from .method import Factors
 
-Stream = Literal["input_second_moment", "input_sum", "input_magnitude"]
+Stream = Literal["input_second_moment", "input_sum", "input_magnitude", "input_sketch", "input_energy"]
 
 
 def mean_of(site: LoraSite, statistics: LayerStatistics, stream: Stream) -> Tensor:

@@ -112,6 +112,7 @@ class AGLoRA(Method):
         product="preserve",
         needs=("forward",),
         status="reconstruction",
+        variable_ranks=True,
     )
     streams: ClassVar[frozenset[str]] = frozenset({"input_magnitude"})
 

@@ -11,23 +11,34 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from .._typing import Float, Tensor
 from ..linalg import require_rank, squared_singular_values
 from ..sites import LoraSite
-from ..statistics.layer import LayerStatistics
+from ..sketches import column_rounding, nystrom
+from ..statistics import LayerStatistics, Request
 from .activations import decompose, keep_alive, leading, mean_of, rounding
 from .gradient import naming
-from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
-from .shift import Constraint, Map, Moment, Shift, ShiftOptions, estimate
+from .method import Comparison, Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
+from .shift import Constraint, Map, Moment, Shift, ShiftOptions, Spectrum, estimate, low_rank, solve, spectrum
+from .sketching import (
+    SketchChoice,
+    centred_sketch,
+    chosen_sketch,
+    input_sketch,
+    require_sketch_option,
+    warn_if_missed,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Metric = Literal["data", "frobenius"]
+Energy = Callable[[Tensor], float]
 
 
 def delta(
@@ -101,10 +112,43 @@ def factors(
     Raises:
         TypeError, ValueError: as `delta`, or a rank or drift out of range.
     """
+    moment = input_second_moment.to(torch.promote_types(weight.dtype, input_second_moment.dtype))
+    known = spectrum(moment, **options)
+    solver = {"metric": metric, "drift": drift, "exact": exact, "generator": generator}
+    return from_spectrum(weight, known, lambda M: _energy(M, moment), rank, scaling, **solver, **options)
+
+
+def from_spectrum(
+    weight: Float[Tensor, "out in"],
+    known: Spectrum,
+    energy: Energy,
+    rank: int,
+    scaling: float,
+    *,
+    metric: Metric = "data",
+    drift: float | None = None,
+    exact: bool = False,
+    generator: torch.Generator | None = None,
+    **options: Unpack[ShiftOptions],
+) -> Factors:
+    """Return `factors` from the eigenpairs of the moment: all, or the leading ones where `shift.low_rank` says so.
+
+    Args:
+        weight: W0, out×in.
+        known: the eigenpairs of C, or of its centred form where the options say so.
+        energy: tr(M C Mᵀ) of a matrix M.
+        rank: r.
+        scaling: s.
+        metric: as for `factors`, and so are the others.
+        drift: τ.
+        exact: full SVD.
+        generator: of the randomized SVD and of padding.
+        **options: as for `delta`.
+    """
     require_rank(weight, rank)
     if drift is not None and not drift > 0:
         raise ValueError(f"drift must be > 0 or None, got {drift}")
-    shift, matrix = _matrix(weight, input_second_moment, metric, options)
+    shift, matrix = _matrix(weight, known, metric, options)
     size = shift.weighted_norm if metric == "data" else float(weight.norm())
     svd = decompose(matrix, min(rank, *matrix.shape), exact=exact, generator=generator)
     svd = leading(svd, rounding(matrix) * size)
@@ -112,7 +156,7 @@ def factors(
     right = svd.Vh * shift.inverse_roots if metric == "data" else svd.Vh
     start = Factors((root[:, None] * right) @ shift.vectors.mT, svd.U * root)
     if drift is not None:
-        start = _guarded(start, weight.to(matrix.dtype), input_second_moment.to(matrix.dtype), scaling, drift)
+        start = _guarded(start, weight.to(matrix.dtype), energy, scaling, drift)
     return Factors(*(factor.to(weight.dtype) for factor in keep_alive(start, rank, generator)))
 
 
@@ -124,12 +168,13 @@ def energies(
     **options: Unpack[ShiftOptions],
 ) -> Float[Tensor, " k"]:
     """Return the squared singular values of the matrix that `factors` truncates, descending."""
-    return squared_singular_values(_matrix(weight, input_second_moment, metric, options)[1])
+    known = spectrum(input_second_moment.to(torch.promote_types(weight.dtype, input_second_moment.dtype)), **options)
+    return squared_singular_values(_matrix(weight, known, metric, options)[1])
 
 
-def _matrix(weight: Tensor, moment: Tensor, metric: Metric, options: ShiftOptions) -> tuple[Shift, Tensor]:
+def _matrix(weight: Tensor, known: Spectrum, metric: Metric, options: ShiftOptions) -> tuple[Shift, Tensor]:
     require_choice("metric", metric, Metric)
-    shift = estimate(weight, moment, **options)
+    shift = solve(weight, known, **options)
     if metric == "data":
         return shift, shift.half
     if options.get("constraint", "F1") == "F1" and options.get("top_k") is None:
@@ -140,10 +185,15 @@ def _matrix(weight: Tensor, moment: Tensor, metric: Metric, options: ShiftOption
     return shift, shift.plain
 
 
-def _guarded(start: Factors, weight: Tensor, moment: Tensor, scaling: float, drift: float) -> Factors:
+def _energy(matrix: Tensor, moment: Tensor) -> float:
+    """Return tr(M C Mᵀ)."""
+    return float(((matrix @ moment) * matrix).sum())
+
+
+def _guarded(start: Factors, weight: Tensor, energy: Energy, scaling: float, drift: float) -> Factors:
     """Shrink both factors by √g, g = min(1, √(τ·tr(W0 C W0ᵀ)/tr(D C Dᵀ)))."""
-    before = float(((weight @ moment) * weight).sum())
-    after = scaling**2 * float(((start.B.mT @ start.B) * (start.A @ moment @ start.A.mT)).sum())
+    before = energy(weight)
+    after = scaling**2 * energy(torch.linalg.qr(start.B).R @ start.A)  # B = QR: tr(B M Bᵀ) = tr(R M Rᵀ)
     gain = math.sqrt(drift * before / after) if after > drift * before else 1.0
     return Factors(*(math.sqrt(gain) * factor for factor in start))
 
@@ -155,23 +205,31 @@ class CNTLoRA(Method):
     Args:
         constraint: which activations are to agree, see `lorainit.methods.cntlora.delta`. With ``"F3"`` the function is
             preserved (``base="auto"`` gives the offset form); with the others the step is kept.
-        moment: ``"second"`` moments, or ``"centred"`` ones.
+        moment: ``"second"`` moments, or ``"centred"`` ones (better at its best rate: benchmarks/results/choices.md).
         damping: δ, relative to the mean eigenvalue.
         metric: of the truncation, ``"data"`` or ``"frobenius"``.
         top_k: no step outside the k leading principal directions of the inputs.
         drift: largest output energy of the step relative to that of the layer, None for no bound. Not for ``"F3"``.
         map: of ``"F1p"``: ``"transport"`` or ``"coral"``.
+        paired: of ``"F2"``: every batch of the data has one of ``proxy_data`` to be paired with; else C_pf = 0.
         exact: full SVD (slow) instead of the seeded randomized one.
+        sketch: with ``top_k`` and constraint F1, F2 or F3, collect a seeded sketch of the second moment instead of all
+            of it: True wherever it is smaller, "auto" where it has at most an eighth of the columns. A layer whose
+            spectrum decays too slowly for it gets a remark.
+        columns: of the sketch; default 4·top_k + 30.
     """
 
     constraint: Constraint = "F1"
-    moment: Moment = "second"
+    moment: Moment = "centred"
     damping: float = 1e-2
     metric: Metric = "data"
     top_k: int | None = None
     drift: float | None = 0.01
     map: Map = "transport"
+    paired: bool = False
     exact: bool = False
+    sketch: SketchChoice = "auto"
+    columns: int | None = None
 
     info: ClassVar = MethodInfo(
         name="cntlora",
@@ -180,6 +238,7 @@ class CNTLoRA(Method):
         product="step",
         needs=("forward",),
         status="reconstruction",
+        variable_ranks=True,
     )
     streams: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "input_sum"})
 
@@ -188,14 +247,35 @@ class CNTLoRA(Method):
         choices = {"constraint": Constraint, "moment": Moment, "metric": Metric, "map": Map}
         for name, literal in choices.items():
             require_choice(name, getattr(self, name), literal)
+        require_sketch_option(self.sketch, self.columns)
+        if self.sketch is True and not self._low_rank:
+            raise ValueError("sketch=True needs top_k, and constraint F1, F2 or F3")
         bounded = (self.top_k is None or self.top_k >= 1) and (self.drift is None or self.drift > 0)
         if not (self.damping >= 0 and bounded):
             raise ValueError(
                 "damping must be ≥ 0, top_k ≥ 1 or None, drift > 0 or None, "
                 f"got {self.damping}, {self.top_k} and {self.drift}"
             )
+        if self.paired and self.constraint != "F2":
+            raise ValueError(f"paired belongs to constraint 'F2', not to '{self.constraint}'")
         if self.constraint == "F3":  # W0 itself on the data: it only makes sense beside W0 − s·BA
             object.__setattr__(self, "info", dataclasses.replace(type(self).info, product="preserve"))
+
+    @property
+    def _low_rank(self) -> bool:
+        return not self.paired and low_rank({"constraint": self.constraint, "top_k": self.top_k})
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """Proxy pre-training data for F1p and F5, pairs for F2 if that was asked for."""
+        return "pairs" if self.paired else "proxy" if self.constraint in ("F1p", "F5") else None
+
+    @property
+    def request(self) -> Request:
+        """The moments of the inputs; sketched where that pays and the leading eigenpairs are enough."""
+        choice = self.sketch if self._low_rank else False
+        extra = 4 * (self.top_k or 0) + 30
+        return Request(self.streams, sketch=chosen_sketch(choice, self.columns, per_rank=0, extra=extra))
 
     def start(
         self,
@@ -206,25 +286,59 @@ class CNTLoRA(Method):
     ) -> Factors:
         """Return the factors of the site's step; ``proxy`` holds the same sums over pre-training-like data."""
         require_rank_at_most_min(site)
-        moment, options = self._arguments(site, statistics, proxy)
+        known, energy, options = self._arguments(site, statistics, proxy)
         drift = None if self.constraint == "F3" else self.drift
-        solver = {"drift": drift, "exact": self.exact, "generator": generator}
+        solver = {"drift": drift, "exact": self.exact, "generator": generator, "metric": self.metric}
         with naming(site):
-            return factors(site.weight(), moment, site.rank, site.scaling, **solver, **options)
+            return from_spectrum(site.weight(), known, energy, site.rank, site.scaling, **solver, **options)
 
     def energies(self, site: LoraSite, statistics: LayerStatistics, proxy: LayerStatistics | None = None) -> Tensor:
         """Return what `lorainit.ranks.allocate` pools: the squared singular values of the site's step."""
-        moment, options = self._arguments(site, statistics, proxy)
+        known, _, options = self._arguments(site, statistics, proxy)
         with naming(site):
-            return energies(site.weight(), moment, **options)
+            return squared_singular_values(_matrix(site.weight(), known, self.metric, options)[1])
 
     def _arguments(
         self, site: LoraSite, statistics: LayerStatistics, proxy: LayerStatistics | None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        options = dataclasses.asdict(self)
-        del options["drift"], options["exact"]
-        options["input_mean"] = mean_of(site, statistics, "input_sum")
-        if proxy is not None:
+    ) -> tuple[Spectrum, Energy, ShiftOptions]:
+        """Return the eigenpairs of C, computed once for all layers that share their input, tr(M C Mᵀ), the options."""
+        options: ShiftOptions = {"input_mean": mean_of(site, statistics, "input_sum")}
+        for name in ("constraint", "moment", "damping", "top_k", "map"):
+            options[name] = getattr(self, name)
+        if proxy is not None and not self._low_rank:
             options["proxy_second_moment"] = mean_of(site, proxy, "input_second_moment")
             options["proxy_mean"] = mean_of(site, proxy, "input_sum")
-        return mean_of(site, statistics, "input_second_moment"), options
+            if proxy.cross_second_moment is not None:
+                options["cross_second_moment"] = (proxy.cross_second_moment / proxy.tokens).to(site.device)
+        dtype = torch.promote_types(site.weight().dtype, options["input_mean"].dtype)  # pyright: ignore[reportOptionalMemberAccess, reportTypedDictNotRequiredAccess]
+        find = self._from_sketch if statistics.input_sketch is not None else self._from_moment
+        key = ("cntlora", dtype, self.moment, self.top_k if statistics.input_sketch is not None else None)
+        with naming(site):
+            known, energy = statistics.shared.once(key, lambda: find(site, statistics, dtype, options))
+        return known, energy, options
+
+    def _from_moment(
+        self, site: LoraSite, statistics: LayerStatistics, dtype: torch.dtype, options: ShiftOptions
+    ) -> tuple[Spectrum, Energy]:
+        moment = mean_of(site, statistics, "input_second_moment").to(dtype)
+        return spectrum(moment, **options), lambda matrix: _energy(matrix, moment)
+
+    def _from_sketch(
+        self, site: LoraSite, statistics: LayerStatistics, dtype: torch.dtype, options: ShiftOptions
+    ) -> tuple[Spectrum, Energy]:
+        """Approximate C by what its sketch tells, here and in the energies: no more than they are."""
+        assert self.top_k is not None
+        sketch, test = input_sketch(site, statistics)
+        mean = mean_of(site, statistics, "input_sum")
+        power = float(mean_of(site, statistics, "input_energy"))
+        noise = column_rounding(sketch)
+        plain = nystrom(sketch.double(), test, noise=noise)
+        found, total = plain, power
+        if self.moment == "centred":
+            found, total = nystrom(centred_sketch(sketch, test, mean), test, noise=noise), power - float(mean @ mean)
+        warn_if_missed(sketch, plain, self.top_k)
+        n, k = len(sketch), self.top_k
+        values, vectors = found.values[:k].to(dtype), found.vectors[:, :k].to(dtype)
+        root = (plain.vectors * plain.values.sqrt()).to(dtype)
+        known = Spectrum(values, vectors, total / n, power / n, rounding(sketch))
+        return known, lambda matrix: float((matrix @ root).square().sum())

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import torch
 
 from .._typing import Float, Tensor
-from ..errors import LoraInitError
 from ..linalg import exact_svd, require_rank, squared_singular_values, to_double
 from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
@@ -112,6 +111,7 @@ class CorDA(Method):
         paper="Yang et al. 2024, arXiv:2406.05223",
         product="preserve",
         needs=("forward",),
+        variable_ranks=True,
     )
     streams: ClassVar[frozenset[str]] = frozenset({"input_second_moment"})
 
@@ -120,6 +120,8 @@ class CorDA(Method):
         require_choice("mode", self.mode, Mode)
         if not (self.damping >= 0 and self.input_scale > 0):
             raise ValueError(f"damping must be ≥ 0 and input_scale > 0, got {self.damping} and {self.input_scale}")
+        if self.mode == "kpm":  # the components of least energy: shares of energy mean nothing for them
+            object.__setattr__(self, "info", dataclasses.replace(type(self).info, variable_ranks=False))
 
     def start(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics) -> Factors:
         """Return the chosen part of the site's weight."""
@@ -136,13 +138,7 @@ class CorDA(Method):
         )
 
     def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
-        """Return what `lorainit.ranks.allocate` pools: the squared singular values of W C̃.
-
-        Raises:
-            LoraInitError: in mode ``"kpm"``, which takes the components of least energy.
-        """
-        if self.mode == "kpm":
-            raise LoraInitError("CorDA(mode='kpm') takes the smallest components; ranks by energy mean nothing for it")
+        """Return what `lorainit.ranks.allocate` pools: the squared singular values of W C̃. Not for ``"kpm"``."""
         return energies(site.weight(), self._moment(site, statistics), damping=self.damping)
 
     def _moment(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:

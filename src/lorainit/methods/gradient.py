@@ -10,7 +10,7 @@ import torch
 
 from .._typing import Float, Tensor
 from ..errors import NonFiniteError, UnsupportedLayerError
-from ..linalg import SVD, exact_svd, frobenius_norm, randomized_svd, require_rank
+from ..linalg import SVD, exact_svd, frobenius_norm, randomized_svd, require_rank, squared_singular_values
 from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
 
@@ -59,6 +59,18 @@ def leading_triplets(
         return exact_svd(gradient, rank)
     generator = generator or torch.Generator().manual_seed(0)
     return randomized_svd(gradient, rank, generator=generator, oversample=oversample, iterations=iterations)
+
+
+def gradient_energies(gradient: Float[Tensor, "out in"]) -> Float[Tensor, " k"]:
+    """Return the squared singular values of a gradient, descending.
+
+    Raises:
+        NonFiniteError: NaN or infinity in the gradient.
+        ValueError: the gradient is zero.
+    """
+    require_signal("weight gradient", gradient)
+    # its entries may be so small that their fourth powers vanish in float32
+    return squared_singular_values(gradient / gradient.abs().max())
 
 
 @contextlib.contextmanager

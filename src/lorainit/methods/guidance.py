@@ -14,6 +14,8 @@ import torch
 from .._typing import Float, Tensor
 from ..solvers import Cholesky, Eigenpairs, damped_cholesky, dense_eigenpairs, smallest_eigenpairs
 
+Factorize = Callable[[Tensor, float], Cholesky]
+
 _BLOCK = 256  # columns of an inverse that exist at a time
 _DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # relative ones, tried on held-out data
 
@@ -58,6 +60,7 @@ def curvature(
     *,
     tokens_per_sample: float = 1.0,
     sequence_gradients: Float[Tensor, "n out"] | None = None,
+    factorize: Factorize = damped_cholesky,
 ) -> Curvature:
     """Factorize Z with λ_z (more where that does not suffice, see `damped_cholesky`), and invert the output factor.
 
@@ -69,6 +72,7 @@ def curvature(
         tokens_per_sample: T.
         sequence_gradients: S, the output gradient summed over each of n sequences; then u is the diagonal of
             ``(SᵀS/n + λ_y I)⁻¹`` and y is not used for it.
+        factorize: what factorizes Z, given it and λ_z.
 
     Raises:
         ValueError: u would be infinite (some y = 0, undamped), or Z is no second moment.
@@ -86,7 +90,7 @@ def curvature(
         inverse = (1 - (rows * gram.solve(rows)).sum(0)).clamp_min(0) / gram.damping
     return Curvature(
         moment=input_second_moment,
-        cholesky=damped_cholesky(input_second_moment, input_damping),
+        cholesky=factorize(input_second_moment, input_damping),
         output_moment=tokens_per_sample * output_gradient_second_moment,
         output_inverse=inverse,
         output_damping=output_damping,

@@ -17,19 +17,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from .._typing import Float, Tensor
 from ..linalg import SVD, canonical_signs, randomized_svd, require_rank
 from ..sites import LoraSite
-from ..solvers import spectral_norm
+from ..solvers import damped_cholesky, spectral_norm
 from ..statistics.batches import MaskKind
 from ..statistics.collect import Request
 from ..statistics.layer import LayerStatistics
 from .gradient import collected, naming, require_signal
-from .guidance import Guidance, curvature, held_out_damping
+from .guidance import Factorize, Guidance, curvature, held_out_damping
 from .lora_da_types import Mode, Options, Solution
 from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
 
@@ -64,6 +64,7 @@ def solve(
     halves: tuple[Tensor, Tensor] | None = None,
     sequence_gradients: Float[Tensor, "n out"] | None = None,
     generator: torch.Generator | None = None,
+    factorize: Factorize = damped_cholesky,
     dense_up_to: int = 512,
     double_up_to: int = 2048,
 ) -> Solution:
@@ -83,6 +84,7 @@ def solve(
         sequence_gradients: the authors' switch for a full output factor, see `curvature`.
         generator: source of the search's start (default: a fresh one with seed 0); the result depends on it no further
             than the solver's tolerance.
+        factorize: what factorizes Z, given it in the dtype of the solution and λ_z.
         dense_up_to: with that many inputs or fewer the eigenvectors come from a dense Ω, else from products alone.
         double_up_to: wider inputs are solved in the dtype of Z, at least float32, if λ_z is at least mean(diag Z)/1000;
             else in float64.
@@ -91,6 +93,83 @@ def solve(
         NonFiniteError: NaN or infinity in a statistic.
         ValueError: a statistic is zero or missing, or the rank is out of range.
     """
+    posed = pose(
+        gradient,
+        input_second_moment,
+        output_gradient_second_moment,
+        rank,
+        options,
+        num_samples=num_samples,
+        tokens_per_sample=tokens_per_sample,
+        calibration_samples=calibration_samples,
+        halves=halves,
+        sequence_gradients=sequence_gradients,
+        generator=generator,
+        factorize=factorize,
+        double_up_to=double_up_to,
+    )
+    curved, delta, options = posed.guidance.curvature, posed.delta, posed.options
+    found = posed.guidance.smallest(rank, posed.left, dense_up_to=dense_up_to)
+
+    frame = canonical_signs(SVD(found.vectors, found.values, found.vectors.mT)).U
+    B = delta.mT @ frame
+    solved = curved.cholesky.solve(frame)
+    kept = max(float(B.square().sum()), torch.finfo(delta.dtype).tiny)
+    ratio = posed.variance_scale * float((frame * solved).sum()) / kept
+    sampled = None if posed.noise is None else posed.noise * float((solved * (curved.moment @ solved)).sum()) / kept
+    return Solution(
+        factors=_scaled(frame.mT, B, options, torch.promote_types(gradient.dtype, torch.float32)),
+        eigenvalues=found.values,
+        sigma=posed.sigma,
+        damping=curved.cholesky.damping,
+        output_damping=curved.output_damping,
+        retries=curved.cholesky.retries,
+        residual=found.residual,
+        variance_to_bias=ratio,
+        break_even=num_samples * ratio,
+        noise_to_signal=sampled,
+    )
+
+
+class Posed(NamedTuple):
+    """The eigenproblem of one layer.
+
+    Attributes:
+        guidance: Ω.
+        delta: Δ̂.
+        left: leading left singular vectors of Δ̂.
+        sigma: ‖Δ‖₂.
+        variance_scale: c.
+        noise: κ in the units of Δ̂, where the number of calibration samples is known.
+        options: the options, with the damping that the data chose.
+    """
+
+    guidance: Guidance
+    delta: Float[Tensor, "in out"]
+    left: Float[Tensor, "in k"]
+    sigma: float
+    variance_scale: float
+    noise: float | None
+    options: Options
+
+
+def pose(
+    gradient: Float[Tensor, "out in"],
+    input_second_moment: Float[Tensor, "in in"],
+    output_gradient_second_moment: Float[Tensor, " out"],
+    rank: int,
+    options: Options,
+    *,
+    num_samples: int,
+    tokens_per_sample: float = 1.0,
+    calibration_samples: int | None = None,
+    halves: tuple[Tensor, Tensor] | None = None,
+    sequence_gradients: Float[Tensor, "n out"] | None = None,
+    generator: torch.Generator | None = None,
+    factorize: Factorize = damped_cholesky,
+    double_up_to: int = 2048,
+) -> Posed:
+    """Return the eigenproblem of a layer; arguments and errors are those of `solve`."""
     require_rank(gradient, rank)
     if not (num_samples >= 1 and tokens_per_sample > 0):
         raise ValueError(f"num_samples and tokens_per_sample must be positive, got {num_samples}, {tokens_per_sample}")
@@ -108,7 +187,7 @@ def solve(
     narrow = gradient.device.type == "mps" or (safe and len(Z) > double_up_to)
     dtype = torch.promote_types(Z.dtype, torch.float32) if narrow else torch.float64
     G, Z, y = gradient.to(dtype), Z.to(dtype), y.to(dtype)
-    curved = curvature(Z, y, *dampings, tokens_per_sample=T, sequence_gradients=sequence_gradients)
+    curved = curvature(Z, y, *dampings, tokens_per_sample=T, sequence_gradients=sequence_gradients, factorize=factorize)
     delta = curved.displacement(G)
     generator = generator or torch.Generator().manual_seed(0)
     left = randomized_svd(delta, min(2 * rank, *delta.shape), generator=generator).U
@@ -128,26 +207,7 @@ def solve(
         noise=noise if noise is not None and options.debias else 0.0,
         bias=options.bias_weight,
     )
-    found = guidance.smallest(rank, left, dense_up_to=dense_up_to)
-
-    frame = canonical_signs(SVD(found.vectors, found.values, found.vectors.mT)).U
-    B = delta.mT @ frame
-    solved = curved.cholesky.solve(frame)
-    kept = max(float(B.square().sum()), torch.finfo(dtype).tiny)
-    ratio = c * float((frame * solved).sum()) / kept
-    sampled = None if noise is None else noise * float((solved * (Z @ solved)).sum()) / kept
-    return Solution(
-        factors=_scaled(frame.mT, B, options, torch.promote_types(gradient.dtype, torch.float32)),
-        eigenvalues=found.values,
-        sigma=sigma,
-        damping=curved.cholesky.damping,
-        output_damping=curved.output_damping,
-        retries=curved.cholesky.retries,
-        residual=found.residual,
-        variance_to_bias=ratio,
-        break_even=num_samples * ratio,
-        noise_to_signal=sampled,
-    )
+    return Posed(guidance, delta, left, sigma, c, noise, options)
 
 
 def _with_damping(
@@ -195,6 +255,7 @@ class LoRADA(Options, Method):
         paper="Zhang et al. 2026, arXiv:2510.24561",
         product="step",
         needs=("forward", "backward"),
+        variable_ranks=True,
     )
 
     streams: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_gradient_squares", "weight_gradient"})
@@ -214,34 +275,50 @@ class LoRADA(Options, Method):
         return Request(needed, loss=loss, mask=self.mask, samples=self.samples)
 
     def solve(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics) -> Solution:
-        """Return the start of the site, and how it came about.
-
-        G = S_G/n, Z = S_zz/M, y = S_y/M and T = M/n from the sums, n sequences and M tokens.
-        """
+        """Return the start of the site, and how it came about."""
         require_rank_at_most_min(site)
         with naming(site):
-            needed = self.request.streams
-            sums = {name: value.to(site.device) for name, value in collected(statistics, needed).items()}
-            n, M = statistics.sequences, statistics.tokens
-            halves = None
-            if self.halved:
-                if n < 2:
-                    raise ValueError("cross_fit and damping='auto' need at least two sequences")
-                odd, every = sums["odd_weight_gradient"], sums["weight_gradient"]
-                halves = (odd / (n // 2), (every - odd) / (n - n // 2))
             return solve(
-                sums["weight_gradient"] / n,
-                sums["input_second_moment"] / M,
-                sums["output_gradient_squares"] / M,
-                site.rank,
-                self,
-                num_samples=self.training_samples,
-                tokens_per_sample=M / n,
-                calibration_samples=n,
-                halves=halves,
-                generator=generator,
+                *self._means(site, statistics), site.rank, self, generator=generator, **self._counts(site, statistics)
             )
 
     def start(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics) -> Factors:
         """Return A and B for the site."""
         return self.solve(site, generator, statistics).factors
+
+    def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
+        """Return what `lorainit.ranks.allocate` pools: −ω of every eigenvalue of Ω that is below zero.
+
+        It is the displacement that a direction keeps less the variance that fitting it costs, in the units of the loss
+        but for σ², which differs from layer to layer.
+        """
+        with naming(site):
+            posed = pose(*self._means(site, statistics), 1, self, **self._counts(site, statistics))
+            return torch.linalg.eigvalsh(posed.guidance.dense()).neg().clamp_min(0)
+
+    def _means(self, site: LoraSite, statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
+        """Return G = S_G/n, Z = S_zz/M and y = S_y/M on the layer's device; n sequences, M tokens."""
+        sums = {name: v.to(site.device) for name, v in collected(statistics, self.streams).items()}
+        n, M = statistics.sequences, statistics.tokens
+        moments = (sums["input_second_moment"] / M, sums["output_gradient_squares"] / M)
+        return sums["weight_gradient"] / n, *moments
+
+    def _counts(self, site: LoraSite, statistics: LayerStatistics) -> dict[str, Any]:
+        """Return the numbers of samples, what factorizes Z, and the gradients of the halves where they are needed."""
+        n, M = statistics.sequences, statistics.tokens
+        counts: dict[str, Any] = {
+            "num_samples": self.training_samples,
+            "tokens_per_sample": M / n,
+            "calibration_samples": n,
+        }
+        # one factorization for all layers with this input
+        counts["factorize"] = lambda Z, damping: statistics.shared.once(
+            ("lora-da", Z.dtype, damping), lambda: damped_cholesky(Z, damping)
+        )
+        if not self.halved:
+            return counts
+        if n < 2:  # noqa: PLR2004
+            raise ValueError("cross_fit and damping='auto' need at least two sequences")
+        sums = collected(statistics, ("odd_weight_gradient", "weight_gradient"))
+        odd, every = (sums[name].to(site.device) for name in ("odd_weight_gradient", "weight_gradient"))
+        return counts | {"halves": (odd / (n // 2), (every - odd) / (n - n // 2))}

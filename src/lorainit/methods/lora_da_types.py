@@ -18,7 +18,7 @@ class Options:
 
     Args:
         mode: ``"consistent"``, or ``"official"``, the arithmetic of the authors' code.
-        damping: consistent: ρ of λ_z = ρ·mean(diag Z), default 0.1; ``"auto"`` takes the one whose subspace of one half
+        damping: consistent: ρ of λ_z = ρ·mean(diag Z), default 1; ``"auto"`` takes the one whose subspace of one half
             of the data promises the largest loss decrease on the other. official: λ_z itself, default 1e-6.
         output_damping: consistent: ρ_y of λ_y = ρ_y·mean(y), default ρ (0.1 with auto); official: ratio of λ_y to the
             lower median of y, default λ_y = 1e-6.
@@ -82,7 +82,7 @@ class Options:
             absolute = 1e-6
             output = absolute if self.output_damping is None else self.output_damping * float(y.median())
             return absolute if self.damping is None else self.damping, output
-        relative = 0.1 if self.damping is None else self.damping
+        relative = 1.0 if self.damping is None else self.damping
         relative_y = relative if self.output_damping is None else self.output_damping
         return relative * float(Z.diagonal().mean()), relative_y * float(y.mean())
 

@@ -19,10 +19,11 @@ import torch
 from .._typing import Float, Tensor
 from ..linalg import SVD, canonical_signs, require_sketch
 from ..sites import LoraSite
-from ..statistics.layer import LayerStatistics
+from ..statistics import LayerStatistics, Request
 from .activations import keep_alive, leading, rounding
-from .gradient import collected, leading_triplets, naming
+from .gradient import collected, gradient_energies, leading_triplets, naming
 from .method import Factors, Method, MethodInfo, require_rank_at_most_min
+from .sketching import SketchChoice, chosen_sketch, require_sketch_option, triplets_of_sketch
 
 
 def factors(
@@ -57,6 +58,11 @@ def factors(
     svd = leading_triplets(
         gradient, rank, exact=exact, generator=generator, oversample=oversample, iterations=iterations
     )
+    return from_triplets(svd, rank, gamma=gamma, generator=generator)
+
+
+def from_triplets(svd: SVD, rank: int, *, gamma: float = 128.0, generator: torch.Generator | None = None) -> Factors:
+    """Return LoRA-One's start from the r leading triplets of the gradient; arguments and warnings of `factors`."""
     svd = leading(canonical_signs(SVD(-svd.U, svd.S, svd.Vh)), rounding(svd.U) * float(svd.S[0]))
     root = (svd.S / svd.S[0]).sqrt() / math.sqrt(gamma)
     return keep_alive(Factors(root[:, None] * svd.Vh, svd.U * root), rank, generator)
@@ -76,12 +82,17 @@ class LoRAOne(Method):
         exact: full SVD (slow) instead of the seeded randomized one.
         oversample: extra columns of the randomized SVD (default: as many as the rank, at least 16).
         iterations: its power iterations.
+        sketch: collect two seeded sketches of the gradient instead of all of it: True wherever they are smaller, "auto"
+            where they have at most an eighth of its rows and columns. A layer gets a remark where they miss much.
+        columns: of the first sketch, half as many as of the second; default 8 times the layer's rank and 20.
     """
 
     gamma: float = 128.0
     exact: bool = False
     oversample: int | None = None
     iterations: int = 3
+    sketch: SketchChoice = False
+    columns: int | None = None
 
     streams: ClassVar[frozenset[str]] = frozenset({"weight_gradient"})
     info: ClassVar = MethodInfo(
@@ -90,16 +101,33 @@ class LoRAOne(Method):
         paper="Zhang et al. 2025, arXiv:2502.01235",
         product="step",
         needs=("forward", "backward"),
+        variable_ranks=True,
     )
 
     def __post_init__(self) -> None:
         """Check the options."""
         _require_positive_gamma(self.gamma)
         require_sketch(self.oversample, self.iterations)
+        require_sketch_option(self.sketch, self.columns, exact=self.exact)
+
+    @property
+    def request(self) -> Request:
+        """The weight gradient, or sketches that make out its r leading triplets."""
+        return Request(self.streams, sketch=chosen_sketch(self.sketch, self.columns, per_rank=8, extra=20))
 
     def start(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics) -> Factors:
         """Return the step for the site from the gradient of the summed loss, whose scale has no influence."""
         require_rank_at_most_min(site)
         with naming(site):
+            if statistics.gradient_range is not None:
+                svd = triplets_of_sketch(site, statistics, site.rank)
+                return from_triplets(svd, site.rank, gamma=self.gamma, generator=generator)
+            options = dataclasses.asdict(self)
+            del options["sketch"], options["columns"]
             gradient = collected(statistics, self.streams)["weight_gradient"].to(site.device)
-            return factors(gradient, site.rank, generator=generator, **dataclasses.asdict(self))
+            return factors(gradient, site.rank, generator=generator, **options)
+
+    def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
+        """Return what `lorainit.ranks.allocate` pools: the squared singular values of the gradient."""
+        with naming(site):
+            return gradient_energies(collected(statistics, self.streams)["weight_gradient"].to(site.device))

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from .._typing import Float, Tensor
-from ..errors import UnsupportedLayerError
+from ..errors import LoraInitError, UnsupportedLayerError
 from ..sites import LoraSite
 from ..statistics import LayerStatistics, Request
 
 Product = Literal["zero", "preserve", "step"]
+Comparison = Literal["proxy", "pairs"]
 
 
 class Factors(NamedTuple):
@@ -36,6 +37,8 @@ class MethodInfo:
         paper: where it comes from.
         status: ``"paper"``, or ``"reconstruction"`` where the publication leaves the formula open.
         deterministic: the seed has no influence.
+        variable_ranks: its start is a list of components of falling worth, for which layers can compete (the argument
+            ``ranks`` of `lorainit.initialize`).
         product: the start's BA is ``"zero"``; or non-zero and meant to ``"preserve"`` the function (``base="auto"``
             gives the offset form); or a first ``"step"`` that is kept.
         summary: what it does to the start, in one line.
@@ -49,6 +52,7 @@ class MethodInfo:
     needs: tuple[str, ...] = ()
     status: Literal["paper", "reconstruction"] = "paper"
     deterministic: bool = False
+    variable_ranks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +66,16 @@ class Method(abc.ABC):
     def request(self) -> Request | None:
         """What has to be collected from calibration data: the class's ``streams``; None for a data-free method."""
         return Request(self.streams) if self.streams else None
+
+    @property
+    def product(self) -> Product:
+        """What the start's BA means for the base: the class's ``info.product``, unless an option decides it."""
+        return self.info.product
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """Which second set of batches it takes: any (``"proxy"``), one for each batch (``"pairs"``), or none."""
+        return None
 
     @abc.abstractmethod
     def start(self, *args: Any, **kwargs: Any) -> Factors:
@@ -77,24 +91,44 @@ class Method(abc.ABC):
             UnsupportedLayerError: the method cannot start this layer; the message names it.
         """
 
+    def energies(self, *args: Any, **kwargs: Any) -> Float[Tensor, " k"]:
+        """Return what the components of a layer's start are worth, descending: see `lorainit.ranks.allocate`.
+
+        Args:
+            args: the `LoraSite` and, only if the method has a `request`, the layer's `LayerStatistics`.
+            kwargs: none.
+
+        Raises:
+            LoraInitError: the method's start is no list of components of falling worth, so it gives no variable ranks.
+            UnsupportedLayerError: the method cannot start this layer.
+        """
+        raise LoraInitError(f"{self.info.name} has no components of falling worth")
+
+    def rank_limit(self, site: LoraSite) -> int:
+        """Return the highest rank that the method can give a layer."""
+        return min(site.in_features, site.out_features)
+
 
 class Fit(NamedTuple):
     """What a short training came to.
 
     Attributes:
-        starts: the factors by layer name; a layer that is missing here is left to `Method.start`.
+        starts: the factors by layer name; a layer that is missing here stays where `Method.start` has put it.
         details: what happened on the way, as JSON types; it becomes the report's ``details``.
+        warnings: what concerns the whole adapter; they become the report's.
     """
 
     starts: dict[str, Factors]
     details: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedMethod(Method):
     """A start that is found by training the adapters for a few steps before the training proper.
 
-    `Method.start` is then the point of one layer from which that short training sets out.
+    `Method.start` is then the point of one layer from which that short training sets out. What happens to the base is
+    decided there: an offset start freezes *that* point's B₀A₀, so that all the training adds takes effect.
     """
 
     @abc.abstractmethod
@@ -104,8 +138,8 @@ class TrainedMethod(Method):
         """Train for a few steps and return the factors; the model, its adapters included, is left as it was.
 
         Args:
-            model: the model that holds the sites.
-            sites: the layers to start.
+            model: the model that holds the sites, started with `Method.start`.
+            sites: the layers that were started.
             data: batches as the model takes them; it may be iterated more than once.
             seed: of everything random.
             progress: show a progress bar.
@@ -116,11 +150,9 @@ class TrainedMethod(Method):
         """
 
 
-def start_layer(
-    method: Method, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics | None
-) -> Factors:
+def start_layer(method: Method, site: LoraSite, generator: torch.Generator, *known: LayerStatistics | None) -> Factors:
     """Return a method's start of a layer, with the statistics only if there are any."""
-    return method.start(site, generator) if statistics is None else method.start(site, generator, statistics)
+    return method.start(site, generator, *(statistics for statistics in known if statistics is not None))
 
 
 def require_choice(name: str, value: str, literal: Any) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import SVD, exact_svd, randomized_svd, require_sketch
+from ..linalg import SVD, exact_svd, randomized_svd, require_sketch, squared_singular_values
 from ..sites import LoraSite
 from .method import Factors, Method, MethodInfo, require_rank_at_most_min
 
@@ -68,6 +68,7 @@ class PiSSA(Method):
         summary="s·BA = the r leading singular triplets of W",
         paper="Meng et al. 2024, arXiv:2404.02948",
         product="preserve",
+        variable_ranks=True,
     )
 
     def __post_init__(self) -> None:
@@ -78,3 +79,7 @@ class PiSSA(Method):
         """Return the principal part of the site's weight."""
         require_rank_at_most_min(site)
         return factors(site.weight(), site.rank, site.scaling, generator=generator, **dataclasses.asdict(self))
+
+    def energies(self, site: LoraSite) -> Tensor:
+        """Return what `lorainit.ranks.allocate` pools: the squared singular values of W."""
+        return squared_singular_values(site.weight())

@@ -7,11 +7,13 @@ import difflib
 from typing import Any
 
 from ..errors import LoraInitError
+from .abm import ABMLoRA
 from .ag_lora import AGLoRA
 from .cntlora import CNTLoRA
 from .corda import CorDA
 from .eva import EVA
 from .gaussian import Gaussian
+from .hrp import HRP
 from .init_ab import InitAB
 from .kaiming import Kaiming
 from .lora_da import LoRADA
@@ -97,6 +99,6 @@ def get_method(method: str | Method, **options: Any) -> Method:
 
 
 _DATA_FREE = (Kaiming, Gaussian, Orthogonal, InitAB, PiSSA, MiLoRA, OLoRA, LoRAM)
-_DATA_DRIVEN = (LoRADA, CNTLoRA, EVA, CorDA, LoRAGA, LoRAOne, AGLoRA)
+_DATA_DRIVEN = (LoRADA, CNTLoRA, EVA, CorDA, LoRAGA, LoRAOne, AGLoRA, HRP, ABMLoRA)
 for _cls in (*_DATA_FREE, *_DATA_DRIVEN):
     register(_cls)

@@ -50,6 +50,24 @@ class ShiftOptions(TypedDict, total=False):
     cross_second_moment: Tensor | None
 
 
+class Spectrum(NamedTuple):
+    """Eigenpairs of a layer's moment C (centred where that is asked for): all of them, or the leading ones.
+
+    Attributes:
+        values: descending.
+        vectors: as columns.
+        mean: of all eigenvalues, tr(C)/n.
+        size: mean diagonal of the moment before it was centred.
+        rounding: relative to the largest eigenvalue.
+    """
+
+    values: Float[Tensor, " k"]
+    vectors: Float[Tensor, "n k"]
+    mean: float
+    size: float
+    rounding: float
+
+
 class Shift(NamedTuple):
     """An estimate of ΔW, weighted by the inputs: ``half = ΔW C̃^{1/2} Q`` with C̃ = Q diag(roots²) Qᵀ.
 
@@ -72,7 +90,10 @@ class Shift(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """What the closed forms are made of; ``rotated = W0 Q``, ``weighted = W0 C̃^{1/2} Q``, of all eigenvectors."""
+    """What the closed forms are made of; ``rotated = W0 Q``, ``weighted = W0 C̃^{1/2} Q``, Q as it is known.
+
+    ``sigma`` = √(tr C̃/n).
+    """
 
     weight: Tensor
     rotated: Tensor
@@ -82,6 +103,7 @@ class _Layer(NamedTuple):
     inverse: Tensor
     vectors: Tensor
     damping: float
+    sigma: float
 
 
 def estimate(
@@ -97,23 +119,46 @@ def estimate(
         ValueError: an unknown constraint, moment or map, inputs that are zero or do not vary, a NaN, a mean or a proxy
             that is missing.
     """
+    require_options(options)
+    dtype = torch.promote_types(weight.dtype, input_second_moment.dtype)
+    return solve(weight, spectrum(input_second_moment.to(dtype), **options), **options)
+
+
+def require_options(options: ShiftOptions) -> None:
+    """Raise TypeError on an option that there is not."""
     if unknown := options.keys() - ShiftOptions.__annotations__.keys():
         raise TypeError(f"unknown options {sorted(unknown)}; there are {sorted(ShiftOptions.__annotations__)}")
+
+
+def spectrum(input_second_moment: Float[Tensor, "in in"], **options: Unpack[ShiftOptions]) -> Spectrum:
+    """Return all eigenpairs of a layer's moment: what of `estimate` is the same for all layers with one input."""
+    moment = _moment(input_second_moment, options)
+    values, vectors = psd_eigh(moment)
+    return Spectrum(
+        values, vectors, float(values.mean()), float(input_second_moment.diagonal().mean()), rounding(moment)
+    )
+
+
+def low_rank(options: ShiftOptions) -> bool:
+    """Say whether the ``top_k`` leading eigenpairs of the moment are all that a constraint needs to know of it."""
+    constraint, cross = options.get("constraint", "F1"), options.get("cross_second_moment")
+    return options.get("top_k") is not None and (constraint in ("F1", "F3") or (constraint == "F2" and cross is None))
+
+
+def solve(weight: Float[Tensor, "out in"], given_spectrum: Spectrum, **options: Unpack[ShiftOptions]) -> Shift:
+    """Return `estimate` from the eigenpairs of the moment: all, or the leading ones where `low_rank` says so."""
     constraint, top_k = options.get("constraint", "F1"), options.get("top_k")
     require_choice("constraint", constraint, Constraint)
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be ≥ 1 or None, got {top_k}")
-    dtype = torch.promote_types(weight.dtype, input_second_moment.dtype)
-    weight = weight.to(dtype)
-    moment, given = _moments(input_second_moment.to(dtype), options)
-
-    values, vectors = psd_eigh(moment)
+    values, vectors, mean, size, eps = given_spectrum
+    weight = weight.to(vectors)
+    given = _given(vectors, options)
     k = min(top_k or len(values), len(values))
     # what is left of a mean that was subtracted is rounding, not variance
-    mean, size = float(values.mean()), float(input_second_moment.diagonal().mean())
-    if not mean > rounding(moment) * size:
+    if not mean > eps * size:
         raise ValueError("the layer's inputs are zero or do not vary: there is no shift to estimate")
-    floor = rounding(moment) * float(values[0])
+    floor = eps * float(values[0])
     damping = options.get("damping", 1e-2)
     if not damping >= 0:
         raise ValueError(f"damping must be ≥ 0, got {damping}")
@@ -123,26 +168,39 @@ def estimate(
     roots = squares.sqrt()
     inverse = torch.where(squares > floor, 1 / roots, 0)
     rotated = weight @ vectors
-    layer = _Layer(weight, rotated, rotated * roots, values, roots, inverse, vectors, damping)
+    sigma = ((1 + damping) * mean) ** 0.5
+    layer = _Layer(weight, rotated, rotated * roots, values, roots, inverse, vectors, damping, sigma)
     half = _CLOSED_FORMS[constraint](layer, given)[:, :k]
     return Shift(half, inverse[:k], vectors[:, :k], float(layer.weighted[:, :k].norm()))
 
 
-def _moments(second: Tensor, options: ShiftOptions) -> tuple[Tensor, ShiftOptions]:
-    """Return C, and the options with the tensors in its dtype; all moments centred if that is asked for."""
-    kind = options.get("moment", "second")
+def _moment(second: Tensor, options: ShiftOptions) -> Tensor:
+    """Return C, centred if that is asked for.
+
+    Raises:
+        ValueError: an unknown moment, or a mean that is missing.
+    """
+    kind, mean = options.get("moment", "second"), options.get("input_mean")
     require_choice("moment", kind, Moment)
-    names = ("input_mean", "proxy_mean", "proxy_second_moment", "cross_second_moment")
-    mean, proxy_mean, proxy, cross = (None if (t := options.get(name)) is None else t.to(second) for name in names)
+    mean = None if mean is None else mean.to(second)
+    proxied = options.get("proxy_second_moment") is not None or options.get("cross_second_moment") is not None
     if kind == "centred":
-        if mean is None or (proxy_mean is None and (proxy is not None or cross is not None)):
+        if mean is None or (options.get("proxy_mean") is None and proxied):
             raise ValueError("moment='centred' needs the means of the inputs, and of proxy inputs if there are any")
-        second = centred(second, mean, mean)
+        return centred(second, mean, mean)
+    return second
+
+
+def _given(like: Tensor, options: ShiftOptions) -> ShiftOptions:
+    """Return the options with their tensors in one dtype; proxy and cross moments centred if that is asked for."""
+    names = ("input_mean", "proxy_mean", "proxy_second_moment", "cross_second_moment")
+    mean, proxy_mean, proxy, cross = (None if (t := options.get(name)) is None else t.to(like) for name in names)
+    if options.get("moment", "second") == "centred" and mean is not None:
         origin = mean if proxy_mean is None else proxy_mean
         proxy = None if proxy is None else centred(proxy, origin, origin)
         cross = None if cross is None else centred(cross, origin, mean)
     tensors = dict(zip(names, (mean, proxy_mean, proxy, cross), strict=True))
-    return second, {**options, **tensors}  # pyright: ignore[reportReturnType]
+    return {**options, **tensors}  # pyright: ignore[reportReturnType]
 
 
 def _enough(damping: float, smallest: float, mean: float, floor: float) -> float:
@@ -164,7 +222,7 @@ def _enough(damping: float, smallest: float, mean: float, floor: float) -> float
 
 def _white_prior(layer: _Layer, given: ShiftOptions) -> Tensor:
     """F1: W0 (σI − C̃^{1/2})."""
-    return layer.rotated * layer.roots.square().mean().sqrt() - layer.weighted
+    return layer.rotated * layer.sigma - layer.weighted
 
 
 def _proxy_prior(layer: _Layer, given: ShiftOptions) -> Tensor:
@@ -203,8 +261,7 @@ def _output_side(layer: _Layer, given: ShiftOptions) -> Tensor:
     As in F1p without an inverse: off the range of W0 both moments vanish, and so does the result.
     """
     U, S, Vh = torch.linalg.svd(layer.weighted, full_matrices=False)
-    sigma = layer.roots.square().mean().sqrt()
-    X, D, _ = torch.linalg.svd(sigma * U.mT @ layer.rotated, full_matrices=False)
+    X, D, _ = torch.linalg.svd(layer.sigma * U.mT @ layer.rotated, full_matrices=False)
     target = (X * D) @ X.mT  # the root of the target moment in the basis U
     return U @ (target @ _orthogonal_factor(target * S) - torch.diag(S)) @ Vh
 

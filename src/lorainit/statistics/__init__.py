@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .collect import Request, collect
-from .layer import LayerStatistics
+from .collect import collect
+from .layer import LayerStatistics, merge
+from .request import Request, Sketch
 
-__all__ = ["LayerStatistics", "Request", "collect"]
+__all__ = ["LayerStatistics", "Request", "Sketch", "collect", "merge"]

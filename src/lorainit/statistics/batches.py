@@ -71,9 +71,19 @@ def take_rows(batch: Any, rows: slice) -> Any:
     return batch[rows]
 
 
-def split_rows(batch: Any) -> list[Any]:
-    """Return the batch as batches of one row."""
-    return [take_rows(batch, slice(i, i + 1)) for i in range(count_rows(batch))]
+def split_rows(batch: Any, size: int = 1) -> list[Any]:
+    """Return the batch as batches of at most ``size`` rows."""
+    return [take_rows(batch, slice(i, i + size)) for i in range(0, count_rows(batch), size)]
+
+
+def count_terms(model: nn.Module, batch: Any) -> int | None:
+    """Return how many label terms a model's loss averages over: labelled tokens, or rows; None without labels."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        return None
+    if labels.dim() != 2 or labels.is_floating_point():  # noqa: PLR2004 - (rows, tokens)
+        return labels.shape[0]
+    return int(((labels[:, 1:] if predicts_next_token(model) else labels) != -100).sum())
 
 
 def predicts_next_token(model: nn.Module) -> bool:
@@ -93,17 +103,14 @@ def summed_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     Raises:
         LoraInitError: no labels in the batch, no loss in the output, or not a single label term.
     """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    terms = count_terms(model, batch)
     output = forward(model, batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if labels is None or loss is None:
+    if terms is None or loss is None:
         raise LoraInitError(
             f"this method needs gradients, hence a loss: the batch ({describe(batch)}) must hold 'labels' and the "
             "model must return a loss; or pass loss_function=(model, batch) -> (summed loss, number of terms)"
         )
-    tokens = labels.dim() == 2 and not labels.is_floating_point()  # noqa: PLR2004 - (rows, tokens)
-    counted = labels[:, 1:] if tokens and predicts_next_token(model) else labels
-    terms = int((counted != -100).sum()) if tokens else labels.shape[0]
     if terms == 0:
         raise LoraInitError(f"a calibration batch ({describe(batch)}) has no label that counts: all are -100")
     return loss * terms, terms

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 
 from ..errors import LoraInitError
-from . import glue, text
+from . import glue, instruct, text
 from .task import DataOptions, Task, fingerprint
 
-TASKS: dict[str, Task] = {task.name: task for task in (*glue.TASKS, *text.TASKS)}
+TASKS: dict[str, Task] = {task.name: task for task in (*glue.TASKS, *text.TASKS, *instruct.TASKS)}
 
 
 def get_task(name: str) -> Task:

@@ -41,6 +41,8 @@ class GlueTask(Task):
         def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
             first, second = batch[texts[0]], batch[texts[1]] if len(texts) > 1 else None
             encoded = tokenizer(first, second, truncation=True, max_length=max_length)
+            if "label" not in batch:
+                return dict(encoded)
             labels = batch["label"]
             return dict(encoded) | {"labels": [float(y) for y in labels] if self.num_labels == 1 else labels}
 

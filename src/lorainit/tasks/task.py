@@ -41,7 +41,7 @@ class Task(abc.ABC):
     Attributes:
         name: as recipes spell it.
         hub: (repository, configuration) on the Hugging Face hub.
-        columns: the columns that a row needs.
+        columns: the columns that a row needs, the one with the label (or the reply) last.
         train_split: name of the split to train on.
         eval_split: name of the split that is scored.
     """
@@ -60,7 +60,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-        """Turn rows into model inputs."""
+        """Turn rows into model inputs; without ``labels`` where the rows have no label column."""
 
     @abc.abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -76,43 +76,61 @@ class Task(abc.ABC):
         Raises:
             LoraInitError: missing files, splits or columns, or an empty split.
         """
-        splits = self._read(options.path)
-        chosen = []
+        splits = self._read(options.path, (self.train_split, self.eval_split))
         for split in (self.train_split, self.eval_split):
             if split not in splits:
                 raise LoraInitError(f"task '{self.name}': the data have no split '{split}', only {list(splits)}")
-            missing = [c for c in self.columns if c not in splits[split].column_names]
-            if missing:
-                raise LoraInitError(
-                    f"task '{self.name}': split '{split}' lacks the columns {missing}; "
-                    f"it has {splits[split].column_names}"
-                )
-            if len(splits[split]) == 0:
-                raise LoraInitError(f"task '{self.name}': split '{split}' is empty")
-            chosen.append(splits[split])
-        train, evaluation = chosen
+            self._check(splits[split], f"split '{split}'", self.columns)
+        train, evaluation = splits[self.train_split], splits[self.eval_split]
         if options.train_samples is not None:
             train = train.shuffle(seed=seed).select(range(min(options.train_samples, len(train))))
         if options.eval_samples is not None:
             evaluation = evaluation.select(range(min(options.eval_samples, len(evaluation))))
         return train, evaluation
 
-    def _read(self, path: str | None) -> DatasetDict:
+    def load_rows(self, options: DataOptions, *, split: str | None = None, file: str | None = None) -> Dataset:
+        """Return the raw rows of a split by name, or of a parquet file; they may lack the label column.
+
+        Raises:
+            LoraInitError: no such split or file, missing columns, or no rows.
+        """
+        where = f"file {file}" if file is not None else f"split '{split}'"
+        if file is not None:
+            rows = self._load(("parquet",), {"rows": self._existing(Path(file))})["rows"]
+        else:
+            splits = self._read(options.path, (str(split),))
+            if split not in splits:
+                raise LoraInitError(f"task '{self.name}': the data have no split '{split}', only {list(splits)}")
+            rows = splits[split]
+        self._check(rows, where, self.columns[:-1] or self.columns)
+        return rows
+
+    def _check(self, rows: Dataset, where: str, columns: tuple[str, ...]) -> None:
+        missing = [c for c in columns if c not in rows.column_names]
+        if missing:
+            raise LoraInitError(f"task '{self.name}': {where} lacks the columns {missing}; it has {rows.column_names}")
+        if len(rows) == 0:
+            raise LoraInitError(f"task '{self.name}': {where} is empty")
+
+    def _read(self, path: str | None, splits: tuple[str, ...]) -> DatasetDict:
+        """Return the splits: from ``path/SPLIT.parquet``, or all that the hub has."""
+        if path is None:
+            return self._load(self.hub, None)
+        return self._load(("parquet",), {s: self._existing(Path(path) / f"{s}.parquet") for s in splits})
+
+    def _existing(self, file: Path) -> str:
+        if not file.is_file():
+            raise LoraInitError(f"task '{self.name}': there is no file {file}")
+        return str(file)
+
+    def _load(self, source: tuple[str | None, ...], files: dict[str, str] | None) -> DatasetDict:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
-        source: tuple[str | None, ...] = self.hub
-        files = None
-        if path is not None:
-            source = ("parquet",)
-            files = {s: str(Path(path) / f"{s}.parquet") for s in (self.train_split, self.eval_split)}
-            for file in files.values():
-                if not Path(file).is_file():
-                    raise LoraInitError(f"task '{self.name}': there is no file {file}")
         try:
             return load_dataset(*source, data_files=files)  # pyright: ignore[reportReturnType, reportArgumentType]
         except (DatasetsError, ValueError, OSError) as error:
-            where = path or f"the hub's {self.hub[0]}"
+            where = f"the hub's {self.hub[0]}" if files is None else ", ".join(files.values())
             raise LoraInitError(f"task '{self.name}': no rows can be read from {where}: {error}") from error
 
 

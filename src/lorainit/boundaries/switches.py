@@ -1,0 +1,129 @@
+"""Switches of a model, flipped for a while and put back: adapters, training mode, gradients, checkpointing, randomness.
+
+Each is a context manager that restores what it found, also after an exception or Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextlib.contextmanager
+def adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Run with one adapter alone, or with none: the base model."""
+    switched: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    before = [(m, m._disable_adapters, getattr(m, "_active_adapter", None)) for m in switched]
+    try:
+        for module in switched:
+            module._disable_adapters = name is None
+            if name is not None and hasattr(module, "_active_adapter"):
+                module._active_adapter = [name]
+        yield
+    finally:
+        for module, disabled, active in before:
+            module._disable_adapters = disabled
+            if hasattr(module, "_active_adapter"):
+                module._active_adapter = active
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Run in training or in evaluation mode."""
+    # not model.train(): that visits every module of every module, three times a step
+    switched = [m for m in model.modules() if m.training != training]
+    try:
+        for module in switched:
+            module.training = training
+        yield
+    finally:
+        for module in switched:
+            module.training = not training
+
+
+@contextlib.contextmanager
+def gradients_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let these parameters alone require gradients; flags and present gradients of all others come back."""
+    every = list(model.parameters())
+    before = [(p, p.requires_grad, p.grad) for p in every]
+    try:
+        for parameter in every:
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, flag, grad in before:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+
+
+@contextlib.contextmanager
+def values_of(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Train copies of the parameters' values, in at least float32; the values come back in their own memory."""
+    before = [(p, p.data) for p in parameters]
+    try:
+        for parameter in parameters:
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.data = parameter.data.to(wide, copy=True)
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
+def checkpointed(model: nn.Module) -> list[Any]:
+    """Return the modules whose gradient checkpointing is switched on."""
+    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+
+
+@contextlib.contextmanager
+def checkpointing(model: nn.Module) -> Iterator[None]:
+    """Let gradient checkpointing, where it is on, work in evaluation mode too.
+
+    Transformers only checkpoints a block whose own ``training`` flag is set; what lies inside keeps its flag, so
+    dropout stays off. The re-entrant variant runs blocks without gradients, and no loss could be taken inside them.
+    """
+    modules = checkpointed(model)
+    before = [(m, m.training, m.__dict__.get("_gradient_checkpointing_func")) for m in modules]
+    try:
+        for module in modules:
+            module.training = True
+            if "_gradient_checkpointing_func" in module.__dict__:
+                module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        yield
+    finally:
+        for module, flag, function in before:
+            module.training = flag
+            if function is not None:
+                module._gradient_checkpointing_func = function
+
+
+@contextlib.contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global generators for a while; what they held before comes back."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextlib.contextmanager
+def precision(device: torch.device, autocast: torch.dtype | None) -> Iterator[None]:
+    """Run in the parameters' own precision, or under autocast in ``autocast``; the caller's autocast is set aside."""
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        yield

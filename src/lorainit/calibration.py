@@ -1,0 +1,204 @@
+"""What a start rests on: the batches, the statistics of every layer, a random stream of its own, its rank."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .apply import Undo, write_start
+from .errors import LoraInitError, UnsupportedLayerError
+from .generators import layer_generator
+from .methods import Method
+from .methods.kaiming import Kaiming
+from .methods.method import TrainedMethod
+from .ranks import RankRule, Rule, allocate
+from .resize import resize
+from .sites import LoraSite
+from .statistics import LayerStatistics, Request
+from .statistics.collect import collect, collect_groups
+from .statistics.pairs import collect_pairs
+from .statistics.store import collect_cached
+
+Known = tuple[LayerStatistics, ...]  # of the data, and of the data to compare them with if there are any
+Groups = Iterable[tuple[list[LoraSite], dict[str, Known]]]
+
+
+def usable_batches(
+    method: Method, data: Iterable[Any] | None, max_batches: int | None, *, cached: bool
+) -> Iterable[Any] | None:
+    """Return the batches that the method may use; nothing for a data-free one, None where saved statistics stand in.
+
+    Raises:
+        LoraInitError: it needs data, and there are none.
+    """
+    trained = isinstance(method, TrainedMethod)
+    if method.request is None and not trained:
+        return ()
+    if data is None:
+        if cached and not trained:
+            return None
+        labels = ", with labels" if method.request is not None and method.request.needs_gradients else ""
+        raise LoraInitError(
+            f"{method.info.name} needs calibration data: pass data=batches as the model takes them{labels}"
+        )
+    if max_batches is None and not isinstance(data, Iterator):
+        return data
+    few = itertools.islice(data, max_batches)
+    again = trained or cached or method.comparison == "pairs"  # these are run more than once
+    return list(few) if again else few
+
+
+def layer_groups(
+    model: nn.Module,
+    method: Method,
+    request: Request | None,
+    batches: Iterable[Any] | None,
+    proxies: Iterable[Any] | None,
+    sites: list[LoraSite],
+    *,
+    cache: str | os.PathLike[str] | None,
+    saved: dict[str, Any],
+    **options: Any,
+) -> Iterator[tuple[list[LoraSite], dict[str, Known]]]:
+    """Yield the sites, in groups whose statistics fit the budget, and what the method needs to know about each.
+
+    Args:
+        model: the model that holds the sites.
+        method: the method.
+        request: what it needs to know; None: nothing.
+        batches: the calibration data; None: the cache has to stand in.
+        proxies: the batches to compare them with.
+        sites: the layers.
+        cache: folder of saved statistics.
+        saved: takes what is to be told about them, as ``"statistics"``.
+        options: of `lorainit.statistics.collect_groups`.
+
+    Raises:
+        LoraInitError: a cache together with a memory budget, or data to compare with that are missing or not wanted.
+    """
+    _check_proxies(method, batches, proxies)
+    if request is None:
+        yield sites, {}
+        return
+    if cache is None:
+        groups = collect_groups(model, sites, () if batches is None else batches, request, **options)
+    elif options["memory_budget"] is not None:
+        raise LoraInitError("cache keeps the statistics of all layers together: it does not go with memory_budget")
+    else:
+        found, saved["statistics"] = collect_cached(model, sites, batches, request, Path(cache), **options)
+        groups = [(sites, found)]
+    for group, statistics in groups:
+        seconds: dict[str, LayerStatistics] = {}
+        if proxies is not None and method.comparison == "pairs" and batches is not None:
+            seconds = collect_pairs(model, group, batches, proxies, request, progress=options["progress"])
+        elif proxies is not None:
+            seconds = collect(model, group, proxies, request, progress=options["progress"])
+        known = {name: (sums, seconds[name]) if seconds else (sums,) for name, sums in statistics.items()}
+        statistics.clear()  # so that what is popped from `known` is free
+        del seconds
+        yield group, known
+
+
+def _check_proxies(method: Method, batches: Iterable[Any] | None, proxies: Iterable[Any] | None) -> None:
+    """Raise unless there is a second set of batches just where the method compares with one."""
+    if proxies is None:
+        if method.comparison == "pairs" or getattr(method, "constraint", None) == "F1p":
+            raise LoraInitError(f"{method} compares with pre-training-like data: pass proxy_data=batches")
+        return
+    if method.comparison is None:
+        raise LoraInitError(f"{method} compares with no second set of batches: leave proxy_data out")
+    for name, given in (("data", batches), ("proxy_data", proxies)):
+        if isinstance(given, Iterator):
+            raise LoraInitError(f"{name} is read more than once here: pass a list or a DataLoader, not an iterator")
+
+
+def rank_rule(ranks: Rule | RankRule, method: Method) -> RankRule:
+    """Return the rule by which layers get their ranks; raise if the method has nothing to share out by it."""
+    try:
+        rule = ranks if isinstance(ranks, RankRule) else RankRule(ranks)
+    except ValueError as error:
+        raise LoraInitError(f"ranks: {error}") from error
+    if rule.rule != "fixed" and not method.info.variable_ranks:
+        raise LoraInitError(
+            f"{method.info.name} has no components of falling worth to share out: ranks='fixed' is the only rule for it"
+        )
+    return rule
+
+
+def share_out(
+    model: nn.Module,
+    sites: list[LoraSite],
+    method: Method,
+    rule: RankRule,
+    seed: int,
+    collecting: Callable[[list[LoraSite]], Groups],
+    undo: Undo,
+    *,
+    skip: str,
+) -> tuple[list[LoraSite], Groups]:
+    """Give the layers the ranks that the rule says; return the sites that keep their adapter, and their groups.
+
+    Where all statistics are held at once they serve for the start as well; else the data are run a second time.
+    """
+    energies: dict[str, Tensor] = {}
+    held: dict[str, Known] = {}
+    for group, statistics in collecting(sites):
+        for site in group:
+            try:
+                with own_precision(site.device):
+                    energies[site.name] = method.energies(site, *statistics.get(site.name, ()))
+            except UnsupportedLayerError:
+                if skip == "error":
+                    raise
+        held = statistics if len(group) == len(sites) else {}
+    shared = [site for site in sites if site.name in energies]
+    before = {site.name: site.rank for site in sites}
+    given = allocate(
+        energies,
+        {site.name: site.rank for site in shared},
+        shapes={site.name: (site.out_features, site.in_features) for site in shared},
+        limits={site.name: method.rank_limit(site) for site in shared},
+        **dataclasses.asdict(rule),
+    )
+    kept = resize(model, sites, before | given, undo)
+    for site in kept:
+        if site.rank != before[site.name]:  # so that a layer that the method then cannot start is a plain LoRA
+            write_start(site, Kaiming().start(site, layer_generator(seed, site.name)), "keep", undo)
+    return kept, [(kept, held)] if held or method.request is None else collecting(kept)
+
+
+def parse_bytes(amount: int | str | None) -> int | None:
+    """Return a memory size in bytes from a number, "4GiB", "500 MB" or None.
+
+    Example:
+        >>> parse_bytes("2 KiB")
+        2048
+    """
+    if amount is None or isinstance(amount, int):
+        return amount
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", amount)
+    if not found:
+        raise LoraInitError(f"memory_budget={amount!r} is no memory size; write bytes, or for example '4GiB'")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+
+
+@contextlib.contextmanager
+def own_precision(device: torch.device) -> Iterator[None]:
+    """Compute in the precision that the method asks for: autocast and the default dtype are the caller's business."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

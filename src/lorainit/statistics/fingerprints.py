@@ -1,0 +1,69 @@
+"""What identifies a model and calibration data: digests of everything that a statistic depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sites import site_name
+from .batches import iterate
+
+_CHUNK = 2**24  # entries that are copied to the CPU at a time
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return a digest of the base model: class, config, names, shapes, dtypes and values; no adapters."""
+    digest = hashlib.blake2b(digest_size=20)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    settings = getattr(base, "config", None)
+    options = settings.to_dict() if hasattr(settings, "to_dict") else {}  # pyright: ignore[reportOptionalMemberAccess]
+    incidental = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
+    kept = {name: value for name, value in options.items() if name not in incidental}
+    digest.update(json.dumps([type(base).__name__, kept], sort_keys=True, default=str).encode())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in sorted(tensors, key=_base_name):
+        if ".lora_" not in name and not name.startswith("lora_"):
+            digest.update(_base_name(name).encode())
+            _add(digest, tensors[name])
+    return digest.hexdigest()
+
+
+def data_fingerprint(data: Iterable[Any], max_batches: int | None, samples: int | None) -> str:
+    """Return a digest of the batches that a collection would consume: names, shapes, dtypes, values, in their order."""
+    digest = hashlib.blake2b(digest_size=20)
+    for batch in iterate(data, max_batches, samples, torch.device("cpu")):
+        _add(digest, batch)
+    return digest.hexdigest()
+
+
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """Return a digest of a tensor's shape, dtype and values."""
+    digest = hashlib.blake2b(digest_size=20)
+    _add(digest, tensor)
+    return digest.hexdigest()
+
+
+def _base_name(name: str) -> str:
+    return site_name(name).replace("base_layer.", "")
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{list(value.shape)}".encode())
+        for chunk in value.detach().reshape(-1).split(_CHUNK):
+            digest.update(chunk.cpu().contiguous().view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        for name in sorted(value):
+            digest.update(str(name).encode())
+            _add(digest, value[name])
+    elif isinstance(value, (tuple, list)):
+        digest.update(f"sequence of {len(value)}".encode())
+        for item in value:
+            _add(digest, item)
+    else:
+        digest.update(repr(value).encode())

@@ -1,0 +1,41 @@
+"""What is summed over a layer's inputs: Σxxᵀ or its sketch, Σx, Σ|x|."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from .._typing import Float, Tensor
+from .layer import LayerStatistics
+from .second_moment import add_second_moment
+
+
+def add_inputs(
+    statistics: LayerStatistics,
+    rows: Float[Tensor, "tokens in"],
+    streams: Collection[str],
+    test: Float[Tensor, "in k"] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Add some inputs to a layer's sums.
+
+    Args:
+        statistics: the sums.
+        rows: x, one a row, in the dtype of the sums.
+        streams: which sums.
+        test: Ω, for ``"input_sketch"``.
+        device: where the sums live; default: where the inputs are.
+    """
+    statistics.tokens += rows.shape[0]
+    if "input_second_moment" in streams:
+        add_second_moment(statistics, "input_second_moment", rows, device)
+    if "input_sum" in streams:
+        statistics.add("input_sum", rows.sum(0), device)
+    if "input_magnitude" in streams:
+        statistics.add("input_magnitude", rows.abs().sum(0), device)
+    if "input_energy" in streams:
+        statistics.add("input_energy", torch.linalg.vector_norm(rows).square(), device)
+    if "input_sketch" in streams:
+        assert test is not None
+        statistics.add_product("input_sketch", rows.mT, rows @ test, device)

@@ -1,0 +1,67 @@
+"""A layer's inputs and output gradients as rows, one a position, and which of them count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import LoraInitError
+from ..sites import LoraSite
+
+
+def input_positions(site: LoraSite, x: Tensor) -> Tensor:
+    """Return a layer's input as (positions, in): tokens, or the unfolded patches of a convolution."""
+    if site.kind != "conv":
+        return x.reshape(-1, x.shape[-1])
+    base: Any = site.base_layer
+    padding = base._reversed_padding_repeated_twice  # also what padding="same" comes down to
+    x = F.pad(x, padding)
+    for axis, (size, stride) in enumerate(zip(base.kernel_size, base.stride, strict=True)):
+        x = x.unfold(2 + axis, size, stride)  # (rows, channels, *positions, *kernel)
+    dims = len(base.kernel_size)
+    x = x.movedim(1, 1 + dims)  # (rows, *positions, channels, *kernel)
+    return x.reshape(-1, site.in_features)
+
+
+def geometry(site: LoraSite) -> tuple[Any, ...]:
+    """Return what, beside the tensor, makes a layer's input positions: two layers alike in it may share sums."""
+    base: Any = site.base_layer
+    if site.kind != "conv":
+        return (site.in_features,)
+    return (*base.kernel_size, *base.stride, *base._reversed_padding_repeated_twice)
+
+
+def output_positions(site: LoraSite, gradient: Tensor) -> Tensor:
+    """Return a gradient at a layer's output as (positions, out), in the order of `input_positions`."""
+    if site.kind != "conv":
+        return gradient.reshape(-1, gradient.shape[-1])
+    return gradient.movedim(1, -1).reshape(-1, site.out_features)
+
+
+def counted(site: LoraSite, rows: Tensor, tensor: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+    """Return the rows (positions × features) of a tensor that are no padding.
+
+    Raises:
+        LoraInitError: there is padding, and the layer's positions cannot be matched with the mask.
+    """
+    mask = masks.get("decoder" if reads_decoder(site.name) else "input")
+    if mask is None or site.kind == "conv" or bool(mask.all()):
+        return rows
+    if rows.shape[0] == mask.numel():
+        return rows[mask.flatten()]
+    if tensor.dim() == 2 and rows.shape[0] == mask.shape[0]:  # noqa: PLR2004 - one vector a row, after pooling
+        return rows
+    raise LoraInitError(
+        f"layer '{site.name}': {rows.shape[0]} positions do not match the attention mask {list(mask.shape)}, so "
+        "padding cannot be told apart; use batches without padding"
+    )
+
+
+def reads_decoder(name: str) -> bool:
+    """Say whether a layer of an encoder-decoder reads decoder positions; cross-attention keys and values do not."""
+    parts = name.lower().split(".")
+    cross = any(p in ("encdecattention", "encoder_attn", "crossattention") for p in parts)
+    return "decoder" in parts and not (cross and parts[-1] in ("k", "v", "k_proj", "v_proj", "key", "value"))

@@ -1,0 +1,37 @@
+"""Σ v vᵀ over rows v, of the layer's inputs or of its output gradients: half of the products, the rest by symmetry."""
+
+from __future__ import annotations
+
+import torch
+
+from .._typing import Float, Tensor
+from .layer import LayerStatistics
+
+_BLOCK = 256  # rows of the sum that are added to at a time: (1 + block/n)/2 of the products of a full one
+
+
+def add_second_moment(
+    statistics: LayerStatistics, stream: str, rows: Float[Tensor, "tokens n"], device: torch.device | None = None
+) -> None:
+    """Add ``rowsᵀ rows`` to the lower triangle of a sum (and some of the upper one); `mirror` completes it."""
+    n = rows.shape[1]
+    held = getattr(statistics, stream)
+    if held is None:
+        held = rows.new_zeros(n, n, device=device or rows.device)
+        setattr(statistics, stream, held)
+    if held.device != rows.device:
+        held.add_((rows.mT @ rows).to(held.device))
+        return
+    for begin in range(0, n, _BLOCK):
+        end = min(begin + _BLOCK, n)
+        held[begin:end, :end].addmm_(rows[:, begin:end].mT, rows[:, :end])
+
+
+def mirror(moment: Float[Tensor, "n n"]) -> None:
+    """Copy the lower triangle over the upper one, in place."""
+    n = len(moment)
+    for begin in range(0, n, _BLOCK):
+        end = min(begin + _BLOCK, n)
+        moment[:begin, begin:end] = moment[begin:end, :begin].mT
+        corner = moment[begin:end, begin:end]
+        corner.copy_(corner.tril() + corner.tril(-1).mT)

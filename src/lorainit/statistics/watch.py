@@ -1,0 +1,272 @@
+"""Hooks on a group of layers, and the sums they fill while batches run.
+
+The hooks see each layer's input x and, where gradients are asked for, the gradient g at its output. What the weight
+gradient contributes is formed in the hook, so no parameter needs ``requires_grad`` and no ``.grad`` ever exists; the
+backward carries activation gradients only, from the loss down to the first layer that is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoraInitError, NonFiniteError
+from ..sites import LoraSite
+from ..sketches import test_matrix
+from .batches import LossFunction, count_rows, count_terms, forward, position_masks, split_rows
+from .inputs import add_inputs
+from .layer import LayerStatistics
+from .output_gradients import add_output_gradients
+from .positions import counted, geometry, input_positions, output_positions
+from .request import INPUT_STREAMS, WEIGHT_GRADIENT_STREAMS, Request
+from .second_moment import mirror
+from .weight_gradients import add_weight_gradient
+
+
+class _Input:
+    """One input tensor, for all layers that receive it; what they compute from it is computed once.
+
+    The tensor is only held where a gradient will come back to it: a forward pass is to free it as it would without us.
+    """
+
+    def __init__(self, site: LoraSite, x: Tensor, dtype: torch.dtype, *, hold: bool) -> None:
+        self.tensor, self.geometry = weakref.ref(x), geometry(site)
+        self._site, self._held, self._dtype = site, x.detach() if hold else None, dtype
+        self._rows: Tensor | None = None
+        self._projected: dict[int, Tensor] = {}
+
+    def rows(self) -> Tensor:
+        """Return all positions, in the dtype of the sums."""
+        if self._rows is None:
+            assert self._held is not None
+            self._rows, self._held = input_positions(self._site, self._held).to(self._dtype), None
+        return self._rows
+
+    def projected(self, test: Tensor) -> Tensor:
+        """Return x Ω of all positions."""
+        columns = test.shape[1]
+        if columns not in self._projected:
+            self._projected[columns] = self.rows() @ test
+        return self._projected[columns]
+
+
+class Watch:
+    """A context in which a group of layers is watched.
+
+    Attributes:
+        statistics: the sums by layer name; complete after `finish`.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: list[LoraSite], request: Request, *, store: torch.device | None = None
+    ) -> None:
+        self.model, self.sites, self.request, self.store = model, sites, request, store
+        seed = request.sketch.seed if request.sketch else 0
+        self.statistics = {site.name: LayerStatistics(sketch_seed=seed) for site in sites}
+        self._streams = {site.name: request.streams_of(site) for site in sites}
+        self._tests: dict[tuple[Any, ...], Tensor] = {}
+        self._handles: list[Any] = []
+        self._leader: dict[str, str] = {}
+        self._inputs: dict[str, _Input] = {}
+        self._known: dict[int, weakref.ref[_Input]] = {}
+        self._masks: dict[str, Tensor] = {}
+        self._sizes: list[tuple[str, str, Tensor]] = []
+        self._batch, self._row, self._rows = -1, 0, 0
+        self._calls: Counter[str] = Counter()
+        self._calls_at_first: Counter[str] = Counter()
+        self._in_backward = False
+
+    def __enter__(self) -> Watch:
+        """Attach the hooks."""
+        for site in self.sites:
+            self._handles.append(site.base_layer.register_forward_hook(self._hook(site)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove them."""
+        for handle in self._handles:
+            handle.remove()
+
+    def run(self, batch: Any, loss_function: LossFunction, micro_batch: int | None = None) -> None:
+        """Add one batch to the sums.
+
+        Args:
+            batch: as the model takes it.
+            loss_function: (model, batch) -> (summed loss, number of terms).
+            micro_batch: so many rows at a time; None: the whole batch, or one row where the loss is a mean over rows.
+
+        Raises:
+            LoraInitError: a batch that the model refuses or that has no labels, positions that cannot be told apart.
+            NonFiniteError: NaN or infinity in an input or a gradient.
+        """
+        self._batch += 1
+        size = 1 if self.request.loss == "sequence_mean" else micro_batch
+        for part in [batch] if size is None else split_rows(batch, size):
+            self._row, self._rows = self._row + self._rows, count_rows(part)
+            self._masks = position_masks(self.model, part, self.request.mask)
+            self._calls.clear()
+            self._known.clear()
+            # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
+            whole = size is None or self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
+            if self.request.needs_gradients and (whole or count_terms(self.model, part) != 0):
+                self._forward_backward(part, loss_function)
+            else:
+                with torch.no_grad(), contextlib.suppress(_LastLayerSeen):
+                    forward(self.model, part)
+            self._calls_at_first = self._calls_at_first or self._calls.copy()
+            for statistics in self.statistics.values():
+                statistics.sequences += self._rows
+            self._inputs.clear()
+        self._check_finite()
+
+    def finish(self) -> dict[str, LayerStatistics]:
+        """Complete the sums and hand them over.
+
+        Raises:
+            LoraInitError: a layer that saw no token.
+            NonFiniteError: a sum that overflowed.
+        """
+        found, self.statistics = self.statistics, {}
+        unseen = [name for name, statistics in found.items() if statistics.tokens == 0]
+        if unseen:
+            raise LoraInitError(f"layer '{unseen[0]}' saw no token of the calibration data ({len(unseen)} such layers)")
+        done: set[int] = set()
+        for name, statistics in found.items():
+            for stream in sorted(self._streams[name]):
+                value = getattr(statistics, stream)
+                if value is None or id(value) in done:
+                    continue
+                done.add(id(value))
+                if stream.endswith("second_moment"):
+                    mirror(value)
+                if not bool(torch.isfinite(value.sum())):
+                    raise NonFiniteError(f"layer '{name}': the sum {stream} overflows")
+        return found
+
+    def _forward_backward(self, batch: Any, loss_function: LossFunction) -> None:
+        with torch.enable_grad():
+            loss, terms = loss_function(self.model, batch)
+        self._inputs.clear()  # from here on an input lives as long as the graph needs it
+        if not torch.isfinite(loss):
+            raise NonFiniteError(f"batch {self._batch}: the loss is {float(loss)}")
+        if not loss.requires_grad:
+            raise LoraInitError("the loss does not depend on any layer that is to be started")
+        self._in_backward = True
+        try:
+            (loss / terms if self.request.loss == "sequence_mean" else loss).backward()
+        finally:
+            self._in_backward = False
+        for statistics in self.statistics.values():
+            statistics.labels += terms
+
+    def _hook(self, site: LoraSite) -> Any:
+        streams = self._streams[site.name]
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            seen = self._seen(site, inputs[0])
+            if not self._in_backward:  # a checkpointed block runs again there: its inputs are counted already
+                self._add_input(site, seen, inputs[0])
+                self._calls[site.name] += 1
+                if self._is_last_call():
+                    raise _LastLayerSeen
+            if not (self.request.needs_gradients and torch.is_grad_enabled()):
+                return None
+            # where nothing upstream needs a gradient the graph begins here; a clone, so that what follows may work in
+            # place on it
+            result = output if output.requires_grad else output.detach().requires_grad_().clone()
+            keep = seen if streams & WEIGHT_GRADIENT_STREAMS else None
+            result.register_hook(lambda gradient: self._add_gradient(site, keep, gradient))
+            return result
+
+        return hook
+
+    def _seen(self, site: LoraSite, x: Tensor) -> _Input:
+        """Return what is known about an input: the very object, if another layer has got the same tensor."""
+        found = self._known[id(x)]() if id(x) in self._known else None
+        if found is None or found.tensor() is not x or found.geometry != geometry(site):
+            hold = bool(self._streams[site.name] & WEIGHT_GRADIENT_STREAMS) and torch.is_grad_enabled()
+            found = _Input(site, x, self.request.dtype, hold=hold)
+            self._known[id(x)] = weakref.ref(found)
+        return found
+
+    def _is_last_call(self) -> bool:
+        """Say whether the rest of the forward pass can be skipped: every layer has run as often as in the first batch.
+
+        Layers that did not run at all in the first batch (an expert without tokens) may run later in this one: then the
+        pass is never cut.
+        """
+        first = self._calls_at_first
+        return not self.request.needs_gradients and len(first) == len(self.sites) and self._calls == first
+
+    def _add_input(self, site: LoraSite, seen: _Input, x: Tensor) -> None:
+        """Add a layer's input to its sums, or take over its leader's: the first layer that got the very same tensor."""
+        statistics, streams = self.statistics[site.name], self._streams[site.name]
+        if site.name not in self._leader:
+            same = (name for name, other in self._inputs.items() if other is seen and self._can_lead(name, site))
+            self._leader[site.name] = next(same, site.name)
+        leader = self._leader[site.name]
+        if leader != site.name:
+            if self._inputs.get(leader) is not seen:
+                raise LoraInitError(f"layer '{site.name}' no longer gets the input of '{leader}': collect it alone")
+            for stream in (*(streams & INPUT_STREAMS), "tokens", "shared"):
+                setattr(statistics, stream, getattr(self.statistics[leader], stream))
+            return
+        self._inputs[site.name] = seen
+        rows = counted(site, input_positions(site, x.detach()), x, self._masks).to(self.request.dtype)
+        self._sizes.append((site.name, "its inputs", rows.sum()))
+        test = self._test("in", site) if "input_sketch" in streams else None
+        add_inputs(statistics, rows, streams, test, self.store)
+
+    def _can_lead(self, name: str, site: LoraSite) -> bool:
+        """Say whether a layer collects what another one with the same input needs: the same streams and sketch."""
+        other = next(s for s in self.sites if s.name == name)
+        sketch = self.request.sketch
+        alike = sketch is None or sketch.columns(other) == sketch.columns(site)
+        return alike and self._streams[name] & INPUT_STREAMS == self._streams[site.name] & INPUT_STREAMS
+
+    def _add_gradient(self, site: LoraSite, seen: _Input | None, gradient: Tensor) -> None:
+        """Add the gradient at a layer's output; ``seen``: the layer's input where the weight gradient is asked for."""
+        statistics, streams, dtype = self.statistics[site.name], self._streams[site.name], self.request.dtype
+        every = output_positions(site, gradient).to(dtype)
+        self._sizes.append((site.name, "its output gradient", every.sum()))
+        if streams & {"output_gradient_squares", "output_gradient_second_moment"}:
+            add_output_gradients(statistics, counted(site, every, gradient, self._masks), streams, self.store)
+        if seen is None:
+            return
+        options: dict[str, Any] = {}
+        if "odd_weight_gradient" in streams:
+            odd = (torch.arange(self._rows, device=every.device) + self._row) % 2 == 1
+            options["odd"] = odd.repeat_interleave(every.shape[0] // self._rows)
+        if "gradient_range" in streams:
+            options["projected"] = seen.projected(self._test("in", site))
+            options["test_out"] = self._test("out", site)
+        add_weight_gradient(statistics, every, seen.rows(), streams, device=self.store, **options)
+
+    def _test(self, side: Any, site: LoraSite) -> Tensor:
+        """Return the test matrix of a layer's inputs, or of its outputs."""
+        sketch = self.request.sketch
+        assert sketch is not None
+        if side == "in":
+            key = (side, site.in_features, sketch.columns(site), sketch.seed)
+        else:
+            key = (side, site.out_features, sketch.rows(site), sketch.seed)
+        if key not in self._tests:
+            self._tests[key] = test_matrix(*key).to(site.device, self.request.dtype)
+        return self._tests[key]
+
+    def _check_finite(self) -> None:
+        """Raise if an input or a gradient of this batch holds NaN or infinity: its sum then does, too."""
+        sizes, self._sizes = self._sizes, []
+        if not sizes or bool(torch.isfinite(torch.stack([size.float() for *_, size in sizes])).all()):
+            return
+        name, what, _ = next(entry for entry in sizes if not bool(torch.isfinite(entry[2])))
+        raise NonFiniteError(f"layer '{name}', batch {self._batch}: NaN or infinite entries in {what}")
+
+
+class _LastLayerSeen(Exception):
+    """Ends a forward pass after the last layer that is watched."""
