@@ -88,6 +88,23 @@ def test_every_recipe_that_ships_is_one() -> None:
         get_method(options["method"], **options["method_options"])
 
 
+def test_diagnose_prints_a_table_or_json_and_writes_a_page(files, tmp_path, capsys) -> None:
+    options = ["diagnose", "--config", files["config"], "--method", "pissa", "--batches", "2", "--batch_size", "4"]
+    options += ["--reference_lr", "1e-3", "--output", str(tmp_path)]
+    assert main(options) == 0
+    printed = capsys.readouterr().out
+    assert "information loss" in printed
+    assert "× vanilla's" in printed
+    stored = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert (stored["method"], stored["batches"], stored["rows"]) == ("pissa", 2, 8)
+    assert stored["advice"]["learning_rate"] < 1e-3
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".html", ".png"}
+    assert main([*options, "--json"]) == 0
+    output = capsys.readouterr().out
+    assert json.loads(output[output.index("{") :])["layers"][0]["rank"] == 2
+    assert main(["init", "--config", files["config"], "--match_lr", "true", "--output", str(tmp_path / "start")]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

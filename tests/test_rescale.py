@@ -149,6 +149,27 @@ def test_starting_again_begins_with_the_scaling_of_the_user(config) -> None:
     assert model.peft_config["default"].alpha_pattern == pattern
 
 
+def test_layers_of_their_own_ranks_are_matched_and_loaded(tmp_path) -> None:
+    model = LLAMA.adapted()
+    report = start(model, "eva", data=LLAMA.batches(), ranks="budget", match_lr=True)
+    train(model, LLAMA.batches())
+    model.save_pretrained(str(tmp_path))
+    assert {row.rank for row in report.layers} != {4}
+    resumed = LLAMA.adapted()
+    lorainit.load(resumed, tmp_path)
+    assert torch.equal(logits(resumed, LLAMA.batch()), logits(model, LLAMA.batch()))
+
+
+def test_a_start_found_by_training_is_matched_as_it_ended() -> None:
+    plain, model = LLAMA.adapted(), LLAMA.adapted()
+    method = lorainit.ABMLoRA(steps=3, lr=0.1)
+    start(plain, method, data=LLAMA.batches())
+    report = start(model, method, data=LLAMA.batches(), match_lr=True)
+    assert any(row.rate_ratio < 1 for row in report.layers)
+    for name, product in products(plain).items():
+        torch.testing.assert_close(products(model)[name], product, rtol=1e-5, atol=1e-6)
+
+
 def test_the_users_config_object_is_left_alone() -> None:
     config = LLAMA.lora_config()
     before = config.to_dict()

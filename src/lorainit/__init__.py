@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from . import methods
 from .checkpoint import export, load, merge, save_pretrained
+from .diagnostics.diagnose import diagnose
+from .diagnostics.diagnosis import Diagnosis, LayerDiagnosis
 from .diagnostics.learning_rate import LrAdvice, suggest_lr
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from .initialize import initialize
@@ -40,6 +42,7 @@ __all__ = [
     "AGLoRA",
     "CNTLoRA",
     "CorDA",
+    "Diagnosis",
     "EVA",
     "Factors",
     "Gaussian",
@@ -47,6 +50,7 @@ __all__ = [
     "InitAB",
     "InitReport",
     "Kaiming",
+    "LayerDiagnosis",
     "LayerReport",
     "LoRADA",
     "LoRAGA",
@@ -66,6 +70,7 @@ __all__ = [
     "UnsupportedLayerError",
     "__version__",
     "available",
+    "diagnose",
     "export",
     "find_sites",
     "get_method",

@@ -74,7 +74,7 @@ def plain_fields(config: LoraConfig, ranks: dict[str, tuple[int, float]]) -> dic
     The most common pair becomes ``r`` and ``lora_alpha``; layers that differ are listed by their full, anchored name.
     """
     pairs = {
-        name: (rank, _tidy(scaling * (rank**0.5 if config.use_rslora else rank)))
+        name: (rank, tidy(scaling * (rank**0.5 if config.use_rslora else rank)))
         for name, (rank, scaling) in ranks.items()
     }
     (r, alpha), _ = Counter(pairs.values()).most_common(1)[0]
@@ -88,7 +88,7 @@ def plain_fields(config: LoraConfig, ranks: dict[str, tuple[int, float]]) -> dic
     }
 
 
-def _tidy(alpha: float) -> int | float:
+def tidy(alpha: float) -> int | float:
     """Return alpha as the integer it should be where only rounding keeps it from one."""
     return round(alpha) if abs(alpha - round(alpha)) <= 1e-9 * max(1.0, abs(alpha)) else alpha
 

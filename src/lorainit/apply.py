@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from . import offset
@@ -31,7 +30,6 @@ class Undo:
         self._adapters: list[tuple[LoraSite, list[Tensor], bool | None]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._calls: list[Callable[[], object]] = []
-        self._scalings: list[tuple[LoraLayer, str, float, float]] = []
 
     def remember_adapter(self, site: LoraSite) -> None:
         """Copy the adapter's trained factors and its offset, if it has one."""
@@ -51,14 +49,8 @@ class Undo:
         """Remember a change of another kind by what takes it back; the last one is taken back first."""
         self._calls.append(put_back)
 
-    def remember_scaling(self, layer: LoraLayer, adapter_name: str) -> None:
-        """Keep a layer's scaling and the alpha that it comes from."""
-        self._scalings.append((layer, adapter_name, layer.scaling[adapter_name], layer.lora_alpha[adapter_name]))
-
     def restore(self) -> None:
         """Put every remembered tensor back, bit for bit, and take the other changes back."""
-        for layer, adapter_name, scaling, alpha in self._scalings:
-            layer.scaling[adapter_name], layer.lora_alpha[adapter_name] = scaling, alpha
         with torch.no_grad():
             for tensor, copy in self._tensors:
                 tensor.copy_(copy)

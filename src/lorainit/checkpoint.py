@@ -230,10 +230,10 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
     sites, _ = find_sites(model, adapter_name)
     ratios = {row.name: row.rate_ratio for row in report.layers if row.rate_ratio is not None}
     with all_or_nothing() as undo:
+        scalings = rescale.begin(model, adapter_name, undo, needed=bool(ratios))
         if report.ranks["rule"] != "fixed":
             ranks = {row.name: row.rank for row in report.layers}
             sites = resize(model, sites, {site.name: ranks.get(site.name, site.rank) for site in sites}, undo)
-        scalings = rescale.begin(model, adapter_name, undo, needed=bool(ratios))
         for site in sites:
             rescale.scale(site, ratios.get(site.name, 1.0))
         _check_same_layers(path, report, lora_layers(model, adapter_name), adapter_name)
@@ -247,7 +247,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         for tensor in present.values():
             undo.remember_tensor(tensor)
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
-        rescale.finish(model, adapter_name, scalings)
+        rescale.finish(model, adapter_name, scalings, undo)
         mark_started(model, adapter_name, report)
     return report
 

@@ -1,4 +1,4 @@
-"""The command line: ``lorainit methods | init | train | evaluate | export``."""
+"""The command line: ``lorainit methods | init | train | diagnose | evaluate | export``."""
 
 from __future__ import annotations
 
@@ -89,6 +89,25 @@ def train(**recipe: Any) -> None:
     print(f"saved to {recipe['output']}: result.json, adapter/")
 
 
+def diagnose(**options: Any) -> None:
+    """Tell what a start is worth: what it preserves, what it can follow, its first steps' size, its learning rate."""
+    from .diagnostics.run import DiagnosisOptions, diagnose_recipe
+    from .training import Recipe
+
+    fields = {field.name for field in dataclasses.fields(DiagnosisOptions)}
+    as_json = options.pop("json_output")
+    chosen = DiagnosisOptions(**{k: v for k, v in options.items() if k in fields})
+    recipe = Recipe(**{k: v for k, v in options.items() if k not in fields})
+    found, advice = diagnose_recipe(recipe, chosen)
+    if as_json:
+        print(json.dumps(found.to_dict() | {"advice": advice.to_dict() if advice else None}, indent=2))
+        return
+    print(found)
+    if advice is not None:
+        print(f"\n{advice}")
+    print(f"saved to {recipe.output}: index.html, diagnosis.json, a PNG for each figure")
+
+
 def evaluate(**options: Any) -> None:
     """Score a base model, with or without an adapter, on a task."""
     from .training import evaluate as run
@@ -148,6 +167,16 @@ def _add_train(parser: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
 
 
+def _add_diagnose(parser: Any) -> None:
+    from .diagnostics.run import DiagnosisOptions
+    from .training import Recipe
+
+    parser.add_argument("--config", action="config", help="recipe: a YAML file; later options override it")
+    parser.add_class_arguments(Recipe, as_group=False, skip={"resume"})
+    parser.add_class_arguments(DiagnosisOptions, as_group=False)
+    parser.add_argument("--json", dest="json_output", action="store_true", help="print JSON instead of a table")
+
+
 def _add_evaluate(parser: Any) -> None:
     from .training import evaluate as run
 
@@ -165,6 +194,7 @@ _COMMANDS: dict[str, tuple[Any, Any]] = {
     "methods": (list_methods, _add_methods),
     "init": (init, _add_init),
     "train": (train, _add_train),
+    "diagnose": (diagnose, _add_diagnose),
     "evaluate": (evaluate, _add_evaluate),
     "export": (export, _add_export),
 }

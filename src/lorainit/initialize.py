@@ -27,10 +27,9 @@ from .calibration import (
     usable_batches,
 )
 from .cost import measure
-from .diagnostics.magnitude import rate_ratio
 from .errors import LoraInitError, UnsupportedLayerError
 from .generators import layer_generator
-from .linalg import product_norm, to_double
+from .linalg import product_norm
 from .methods import Factors, Method, get_method
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
@@ -116,8 +115,6 @@ def initialize(
     _check_choice("base", base, ("auto", *get_args(Base)))
     _check_choice("on_unsupported", on_unsupported, ("error", "default"))
     rule = rank_rule(ranks, method)
-    if match_lr and (rule.rule != "fixed" or isinstance(method, TrainedMethod)):
-        raise LoraInitError("match_lr goes neither with shared ranks nor with a start that is found by training")
     treatment: Base = base if base != "auto" else "offset" if method.product == "preserve" else "keep"
     sites, unsupported = find_sites(model, adapter_name)
     _check_startable(model, adapter_name, sites, unsupported, method, on_unsupported)
@@ -151,9 +148,7 @@ def initialize(
                 kept, groups = share_out(model, sites, method, rule, seed, collecting, undo, skip=on_unsupported)
                 names = {site.name for site in kept}
                 rows = {name: row for name, row in bare.items() if name not in names}
-            start = functools.partial(
-                _start_layer, method=method, seed=seed, base=treatment, undo=undo, match_lr=match_lr
-            )
+            start = functools.partial(_start_layer, method=method, seed=seed, base=treatment, undo=undo)
             with tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False) as bar:
                 for group, statistics in groups:
                     found, refused = _start_group(group, statistics, start, skip=on_unsupported, bar=bar)
@@ -161,8 +156,8 @@ def initialize(
             started = [site for site in sites if site.name in rows]
             fit = _fit(model, started, method, batches, seed, progress)
             for site in started:
-                if site.name in fit.starts:
-                    rows[site.name] = _move(site, rows[site.name], fit.starts[site.name])
+                row = _move(site, rows[site.name], fit.starts.get(site.name))
+                rows[site.name] = _match(site, row, undo) if match_lr else row
         for name, layer in layers:
             if name in unsupported:
                 rows[name] = _left_alone(name, layer, adapter_name, unsupported[name])
@@ -180,7 +175,7 @@ def initialize(
             warnings=fit.warnings,
             details=fit.details | saved,
         )
-        rescale.finish(model, adapter_name, scalings)
+        rescale.finish(model, adapter_name, scalings, undo)
         for name, reason in unsupported.items():
             warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=2)
         checkpoint.mark_started(model, adapter_name, report)
@@ -252,9 +247,7 @@ def _start_group(
     return rows, refused
 
 
-def _start_layer(
-    site: LoraSite, *, method: Method, seed: int, base: Base, undo: Undo, known: Known, match_lr: bool
-) -> LayerReport:
+def _start_layer(site: LoraSite, *, method: Method, seed: int, base: Base, undo: Undo, known: Known) -> LayerReport:
     """Compute the start of one layer and write it."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
@@ -262,9 +255,6 @@ def _start_layer(
         with warnings.catch_warnings(record=True) as remarks:  # they belong in this layer's row
             warnings.simplefilter("always")
             start = start_layer(method, site, layer_generator(seed, site.name), *known)
-        ratio = _match(site, start) if match_lr else None
-        if ratio is not None:
-            start = Factors(*(to_double(factor) / ratio for factor in start))  # one rounding, to the adapter's dtype
         held = write_start(site, start, base, undo)
         size = site.scaling * product_norm(*site.factors())
     return LayerReport(
@@ -277,13 +267,22 @@ def _start_layer(
         relative_size=size / weight_norm if weight_norm > 0 else None,
         seconds=time.perf_counter() - begin,
         extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
-        rate_ratio=ratio,
         warnings=(*(str(r.message) for r in remarks), *_layer_warnings(site, size, weight_norm, base)),
     )
 
 
-def _move(site: LoraSite, row: LayerReport, factors: Factors) -> LayerReport:
-    """Write the factors that a short training came to over the start; what was frozen or subtracted stays."""
+def _match(site: LoraSite, row: LayerReport, undo: Undo) -> LayerReport:
+    """Re-express the start at another scale, for `match_lr`."""
+    if row.rank == 0:  # the adapter was taken off
+        return row
+    ratio = rescale.match(site, undo)
+    return dataclasses.replace(row, scaling=site.scaling, rate_ratio=ratio)
+
+
+def _move(site: LoraSite, row: LayerReport, factors: Factors | None) -> LayerReport:
+    """Write the factors that a short training came to, if any, over the start; what was frozen or subtracted stays."""
+    if factors is None:
+        return row
     write_factors(site, factors)
     size, norm = site.scaling * product_norm(*site.factors()), site.weight_norm
     base = "keep" if row.base == "none" and size > 0 else row.base
@@ -291,16 +290,6 @@ def _move(site: LoraSite, row: LayerReport, factors: Factors) -> LayerReport:
     return dataclasses.replace(
         row, base=base, relative_size=size / norm if norm > 0 else None, warnings=tuple(dict.fromkeys(remarks))
     )
-
-
-def _match(site: LoraSite, start: Factors) -> float | None:
-    """Re-scale a layer for `match_lr` and return ρ; None for a start that cannot train, which is refused elsewhere."""
-    try:
-        ratio = rate_ratio(start.A.flatten(1), start.B.flatten(1), site.scaling)
-    except ValueError:
-        return None
-    rescale.scale(site, ratio)
-    return ratio
 
 
 def _layer_warnings(site: LoraSite, size: float, weight_norm: float, base: Base) -> tuple[str, ...]:

@@ -17,14 +17,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 from typing import Any
 
+import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from . import offset
+from .adapter_folder import tidy
 from .apply import Undo
+from .diagnostics.magnitude import rate_ratio
 from .errors import LoraInitError
+from .linalg import to_double
 from .sites import LoraSite, lora_layers, pattern_name
 
 _MARK = "_user_scalings"  # in the config's __dict__, no field: PEFT neither saves nor compares it
@@ -32,17 +39,15 @@ _MARK = "_user_scalings"  # in the config's __dict__, no field: PEFT neither sav
 
 @dataclasses.dataclass(frozen=True)
 class Scalings:
-    """The scalings that the user gave an adapter.
+    """What the user gave an adapter.
 
     Attributes:
-        alpha_pattern: of the config.
-        alphas: ``lora_alpha`` by layer name.
-        scalings: s by layer name.
+        by_layer: s by layer name.
+        alpha_pattern: of the config; None while it holds nothing else.
     """
 
-    alpha_pattern: dict[str, Any]
-    alphas: dict[str, float]
-    scalings: dict[str, float]
+    by_layer: dict[str, float]
+    alpha_pattern: dict[str, Any] | None = None
 
 
 def begin(model: nn.Module, adapter_name: str, undo: Undo, *, needed: bool) -> Scalings | None:
@@ -62,52 +67,89 @@ def begin(model: nn.Module, adapter_name: str, undo: Undo, *, needed: bool) -> S
                 f"adapter '{adapter_name}' to save it in; pass the PeftModel, or the model that has add_adapter"
             )
         return None
-    layers = lora_layers(model, adapter_name)
     if needed and getattr(config, "lora_bias", False):
         raise LoraInitError("match_lr does not go with lora_bias=True: the bias would train at another rate")
-    user = config.__dict__.get(_MARK) or Scalings(
-        dict(config.alpha_pattern or {}),
-        {name: layer.lora_alpha[adapter_name] for name, layer in layers},
-        {name: layer.scaling[adapter_name] for name, layer in layers},
-    )
+    layers = lora_layers(model, adapter_name)
+    before: Scalings | None = config.__dict__.get(_MARK)
+    if before is None:
+        return Scalings({name: layer.scaling[adapter_name] for name, layer in layers})
+    _replace_config(model, adapter_name, undo, before.alpha_pattern, None)
     for name, layer in layers:
-        undo.remember_scaling(layer, adapter_name)
-        layer.scaling[adapter_name], layer.lora_alpha[adapter_name] = user.scalings[name], user.alphas[name]
-    return user
+        undo.call(functools.partial(_set, layer, adapter_name, layer.scaling[adapter_name]))
+        _set(layer, adapter_name, before.by_layer[name])
+    return Scalings(before.by_layer)
+
+
+def match(site: LoraSite, undo: Undo) -> float | None:
+    """Re-express a started layer at ρ·η and return ρ; None where it cannot train, which is refused elsewhere.
+
+    An offset is divided with the factors: B A − B₀A₀ at step 0 stays the exact zero that it was.
+    """
+    try:
+        ratio = rate_ratio(*site.factors(), site.scaling)
+    except ValueError:
+        return None
+    if ratio == 1:
+        return ratio
+    undo.call(functools.partial(_set, site.layer, site.adapter, site.scaling))
+    scale(site, ratio)
+    with torch.no_grad():
+        for module in (site.lora_A, site.lora_B):
+            factors = [offset.trained_factor(module), *([module.offset] if offset.is_attached(module) else [])]
+            for factor in factors:
+                factor.copy_((to_double(factor) / ratio).to(factor))
+    return ratio
 
 
 def scale(site: LoraSite, ratio: float) -> None:
     """Multiply the scaling of a layer by ρ²: its factors are to be divided by ρ."""
-    site.layer.scaling[site.adapter] *= ratio**2
-    site.layer.lora_alpha[site.adapter] *= ratio**2
+    _set(site.layer, site.adapter, site.scaling * ratio**2)
 
 
-def finish(model: nn.Module, adapter_name: str, user: Scalings | None) -> None:
-    """Write the layers' alphas into (a copy of) the config, and remember the user's."""
+def finish(model: nn.Module, adapter_name: str, user: Scalings | None, undo: Undo) -> None:
+    """Write the layers' alphas into (a copy of) the config, and remember what the user gave."""
     config = _config(model, adapter_name)
     if user is None or config is None:
         return
     changed = {
         "^" + re.escape(pattern_name(name, layer)): layer.lora_alpha[adapter_name]
         for name, layer in lora_layers(model, adapter_name)
-        if layer.lora_alpha[adapter_name] != user.alphas[name]
+        if layer.scaling[adapter_name] != user.by_layer[name]
     }
-    if not changed and _MARK not in config.__dict__:
-        return
-    config = copy.copy(config)  # the user may have given the same one to other models
-    # PEFT takes the first pattern that fits
-    config.alpha_pattern = changed | {k: v for k, v in user.alpha_pattern.items() if k not in changed}
-    config.__dict__.pop(_MARK, None)
     if changed:
-        config.__dict__[_MARK] = user
-    model.peft_config[adapter_name] = config  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        pattern = dict(config.alpha_pattern or {})
+        # PEFT takes the first pattern that fits
+        ours = changed | {k: v for k, v in pattern.items() if k not in changed}
+        _replace_config(model, adapter_name, undo, ours, Scalings(user.by_layer, pattern))
 
 
 def user_scaling(model: nn.Module, site: LoraSite) -> float:
     """Return the scaling that the user gave a layer, whatever a start has made of it."""
     config = _config(model, site.adapter)
-    user = config.__dict__.get(_MARK) if config is not None else None
-    return float(user.scalings[site.name]) if user else site.scaling
+    user: Scalings | None = config.__dict__.get(_MARK) if config is not None else None
+    return float(user.by_layer[site.name]) if user else site.scaling
+
+
+def _set(layer: LoraLayer, adapter_name: str, scaling: float) -> None:
+    """Set the scaling of a layer, and alpha with it (α = s·r, or s·√r under rsLoRA)."""
+    if scaling != layer.scaling[adapter_name]:
+        layer.lora_alpha[adapter_name] = tidy(layer.lora_alpha[adapter_name] * scaling / layer.scaling[adapter_name])
+        layer.scaling[adapter_name] = scaling
+
+
+def _replace_config(
+    model: nn.Module, adapter_name: str, undo: Undo, alpha_pattern: dict[str, Any] | None, mark: Scalings | None
+) -> None:
+    """Put a changed copy in the config's place: the user may have given the same config to other models."""
+    configs: dict[str, Any] = model.peft_config  # pyright: ignore[reportAssignmentType]
+    old = configs[adapter_name]
+    undo.call(lambda: configs.__setitem__(adapter_name, old))
+    new = copy.copy(old)
+    new.alpha_pattern = dict(alpha_pattern or {})
+    new.__dict__.pop(_MARK, None)
+    if mark is not None:
+        new.__dict__[_MARK] = mark
+    configs[adapter_name] = new
 
 
 def _config(model: nn.Module, adapter_name: str) -> LoraConfig | None:

@@ -191,6 +191,30 @@ def start(recipe: Recipe) -> InitReport:
     return report
 
 
+def started(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Dataset, int]:
+    """Carry out a recipe up to the start.
+
+    Returns:
+        The model, its tokenizer, the encoded training rows, and how many of them, from the first, the start has seen.
+
+    Raises:
+        LoraInitError: anything wrong in the recipe.
+    """
+    task = get_task(recipe.task)
+    method = get_method(recipe.method, **recipe.method_options)
+    set_seed(recipe.seed)
+    model, tokenizer, fresh = load_base(recipe.model, task, recipe.dtype)
+    rows = task.encode(task.load_data(recipe.data, recipe.seed)[0], tokenizer, recipe.data.max_length)
+    model = add_lora(model, task, recipe.lora, fresh)
+    if recipe.start is not None:
+        checkpoint.load(model, recipe.start)
+        return model, tokenizer, rows, 0
+    seen = _calibration(method, recipe, task, tokenizer, rows)
+    _start(model, method, recipe, seen, task.collator(tokenizer))
+    own = recipe.calibration.split is None and recipe.calibration.file is None
+    return model, tokenizer, rows, len(seen) if seen is not None and own else 0
+
+
 def _calibration(
     method: Method, recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, train_set: Dataset | None = None
 ) -> Dataset | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,7 +152,9 @@ def _by_magnitude(
         f"at one rate, this start's first update under {optimizer} is {1 / ratio:.3g} times as large as vanilla's "
         f"(layer by layer {1 / high:.3g} to {1 / low:.3g}): equal at {ratio * reference_lr:.2e}",
     ]
-    if limited:
+    if as_vanilla:
+        reasons.append("that is vanilla's size, up to the chance in vanilla's own A")
+    elif limited:
         reasons.append(
             "vanilla's own rate it is: a smaller start soon grows at vanilla's pace, whatever its first step"
         )
@@ -194,7 +197,7 @@ def _vanilla(model: nn.Module, sites: Sequence[LoraSite], seed: int) -> Iterator
     generator = torch.Generator().manual_seed(seed)
     try:
         for site in sites:
-            undo.remember_scaling(site.layer, site.adapter)
+            undo.call(functools.partial(site.layer.scaling.__setitem__, site.adapter, site.scaling))
             site.layer.scaling[site.adapter] = rescale.user_scaling(model, site)
             start = kaiming.factors(site.out_features, site.in_features, site.rank, generator=generator)
             write_start(site, start, "keep", undo)
