@@ -151,7 +151,7 @@ def test_starting_again_begins_with_the_scaling_of_the_user(config) -> None:
 
 def test_layers_of_their_own_ranks_are_matched_and_loaded(tmp_path) -> None:
     model = LLAMA.adapted()
-    report = start(model, "eva", data=LLAMA.batches(), ranks="budget", match_lr=True)
+    report = start(model, "pissa", ranks="budget", match_lr=True)
     train(model, LLAMA.batches())
     model.save_pretrained(str(tmp_path))
     assert {row.rank for row in report.layers} != {4}
@@ -162,7 +162,7 @@ def test_layers_of_their_own_ranks_are_matched_and_loaded(tmp_path) -> None:
 
 def test_a_start_found_by_training_is_matched_as_it_ended() -> None:
     plain, model = LLAMA.adapted(), LLAMA.adapted()
-    method = lorainit.ABMLoRA(steps=3, lr=0.1)
+    method = lorainit.ABMLoRA(steps=3, learning_rate=0.1)
     start(plain, method, data=LLAMA.batches())
     report = start(model, method, data=LLAMA.batches(), match_lr=True)
     assert any(row.rate_ratio < 1 for row in report.layers)
