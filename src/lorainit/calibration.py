@@ -57,6 +57,14 @@ def usable_batches(
     return list(few) if again else few
 
 
+def collected_sums(method: Method, rule: RankRule, seed: int) -> Request | None:
+    """Return what is to be collected for a method whose layers get their ranks by a rule; None: nothing."""
+    request = method.request and method.request.seeded(seed)
+    if rule.rule != "fixed" and request is not None:  # the worth of every component, not of the leading ones
+        return dataclasses.replace(request, sketch=None)
+    return request
+
+
 def layer_groups(
     model: nn.Module,
     method: Method,

@@ -7,7 +7,7 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 from peft.tuners.lora import LoraLayer
@@ -18,6 +18,7 @@ from . import checkpoint, rescale
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
 from .calibration import (
     Known,
+    collected_sums,
     layer_groups,
     own_precision,
     parse_bytes,
@@ -127,30 +128,31 @@ def initialize(
             saved: dict[str, Any] = {}
             batches = usable_batches(method, data, max_batches, cached=cache is not None)
             rows: dict[str, LayerReport] = {}
-            collection = {"memory_budget": parse_bytes(memory_budget), "micro_batch": micro_batch, "offload": offload}
-            collection |= {"progress": progress, "cache": cache, "saved": saved}
-            request = method.request and method.request.seeded(seed)
-            if rule.rule != "fixed" and request is not None:  # the worth of every component, not of the leading ones
-                request = dataclasses.replace(request, sketch=None)
-            collecting = functools.partial(layer_groups, model, method, request, batches, proxy_data, **collection)
+            collecting = functools.partial(
+                layer_groups,
+                model,
+                method,
+                collected_sums(method, rule, seed),
+                batches,
+                proxy_data,
+                memory_budget=parse_bytes(memory_budget),
+                micro_batch=micro_batch,
+                offload=offload,
+                cache=cache,
+                saved=saved,
+                progress=progress,
+            )
             groups = collecting(sites)
             if rule.rule != "fixed":
                 bare = {site.name: _without_rank(site) for site in sites}
                 kept, groups = share_out(model, sites, method, rule, seed, collecting, undo, skip=on_unsupported)
                 names = {site.name for site in kept}
                 rows = {name: row for name, row in bare.items() if name not in names}
-            bar = tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False)
-            for group, statistics in groups:
-                for site in group:
-                    known = statistics.pop(site.name, ())
-                    try:
-                        rows[site.name] = _start_layer(site, method, seed, treatment, undo, known)
-                    except UnsupportedLayerError as error:
-                        if on_unsupported == "error":
-                            raise
-                        unsupported[site.name] = str(error)
-                    bar.update()
-            bar.close()
+            start = functools.partial(_start_layer, method=method, seed=seed, base=treatment, undo=undo)
+            with tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False) as bar:
+                for group, statistics in groups:
+                    found, refused = _start_group(group, statistics, start, skip=on_unsupported, bar=bar)
+                    rows, unsupported = rows | found, unsupported | refused
             started = [site for site in sites if site.name in rows]
             fit = _fit(model, started, method, batches, seed, progress)
             for site in started:
@@ -223,8 +225,30 @@ def _fit(
     return method.fit(model, sites, () if batches is None else batches, seed=seed, progress=progress)
 
 
-def _start_layer(site: LoraSite, method: Method, seed: int, base: Base, undo: Undo, known: Known) -> LayerReport:
-    """Compute the start of one layer, unless it is known already, and write it."""
+def _start_group(
+    group: list[LoraSite],
+    statistics: dict[str, Known],
+    start: Callable[..., LayerReport],
+    *,
+    skip: str,
+    bar: tqdm,
+) -> tuple[dict[str, LayerReport], dict[str, str]]:
+    """Start some layers, each dropping its statistics; return their rows, and why others could not be started."""
+    rows: dict[str, LayerReport] = {}
+    refused: dict[str, str] = {}
+    for site in group:
+        try:
+            rows[site.name] = start(site, known=statistics.pop(site.name, ()))
+        except UnsupportedLayerError as error:
+            if skip == "error":
+                raise
+            refused[site.name] = str(error)
+        bar.update()
+    return rows, refused
+
+
+def _start_layer(site: LoraSite, *, method: Method, seed: int, base: Base, undo: Undo, known: Known) -> LayerReport:
+    """Compute the start of one layer and write it."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
     with own_precision(site.device):

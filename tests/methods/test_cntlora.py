@@ -229,7 +229,7 @@ def test_method_turns_sums_into_means_and_passes_its_options_on(site):
         close(got.A, expected.A)
         close(got.B, expected.B)
         wanted = {k: v for k, v in options.items() if k not in ("drift", "exact")}
-        close(method.energies(layer, sums(X), proxy), energies(W, C, **wanted, **other))
+        close(method.energies(layer, sums(X), proxy), energies(W, C, **{"moment": "centred", **wanted, **other}))
 
 
 def test_it_is_labelled_a_reconstruction_and_says_what_it_does_to_the_function():
@@ -267,13 +267,22 @@ def test_wrong_options_are_refused_when_the_method_is_made(options, message):
     [
         pytest.param(torch.zeros(5, N, dtype=torch.float64), {}, "its inputs are all zero", id="zero"),
         pytest.param(X[:0], {}, "saw no tokens", id="no-tokens"),
-        pytest.param(X[:1].expand(7, N), {"moment": "centred"}, "do not vary", id="constant"),
         pytest.param(X, {"constraint": "F1p"}, "'F1p' needs .* proxy", id="no-proxy"),
     ],
 )
 def test_layer_that_cannot_be_started_is_refused_by_name(site, generator, x, options, message):
     with pytest.raises(UnsupportedLayerError, match=f"'block.proj'.*{message}"):
         CNTLoRA(**options).start(site(normal(M, N), 3), generator, sums(x))
+
+
+def test_inputs_that_do_not_vary_show_no_shift(site, generator):
+    layer, constant = site(normal(M, N), 3), sums(X[:1].expand(7, N))
+    with pytest.warns(UserWarning, match="its inputs do not vary"):
+        A, B = CNTLoRA().start(layer, generator, constant)
+    assert A.abs().max() > 0 and not B.any()
+    assert not CNTLoRA().energies(layer, constant).any()
+    with pytest.raises(ValueError, match="do not vary"):
+        delta(layer.weight(), second_moment(X[:1].expand(7, N)), moment="centred", input_mean=X[0])
 
 
 def test_rank_and_drift_out_of_range_are_refused(site, generator):

@@ -21,6 +21,7 @@ from ..linalg import require_rank, squared_singular_values
 from ..sites import LoraSite
 from ..sketches import column_rounding, nystrom
 from ..statistics import LayerStatistics, Request
+from . import kaiming
 from .activations import decompose, keep_alive, leading, mean_of, rounding
 from .gradient import naming
 from .method import Comparison, Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
@@ -287,6 +288,9 @@ class CNTLoRA(Method):
         """Return the factors of the site's step; ``proxy`` holds the same sums over pre-training-like data."""
         require_rank_at_most_min(site)
         known, energy, options = self._arguments(site, statistics, proxy)
+        if self.moment == "centred" and not known.varies:
+            warnings.warn("its inputs do not vary in the data: no shift to see, a plain LoRA start", stacklevel=2)
+            return kaiming.factors(site.out_features, site.in_features, site.rank, generator=generator)
         drift = None if self.constraint == "F3" else self.drift
         solver = {"drift": drift, "exact": self.exact, "generator": generator, "metric": self.metric}
         with naming(site):
@@ -295,6 +299,8 @@ class CNTLoRA(Method):
     def energies(self, site: LoraSite, statistics: LayerStatistics, proxy: LayerStatistics | None = None) -> Tensor:
         """Return what `lorainit.ranks.allocate` pools: the squared singular values of the site's step."""
         known, _, options = self._arguments(site, statistics, proxy)
+        if self.moment == "centred" and not known.varies:
+            return known.values.new_zeros(min(site.in_features, site.out_features))
         with naming(site):
             return squared_singular_values(_matrix(site.weight(), known, self.metric, options)[1])
 

@@ -147,7 +147,7 @@ class HRP(TrainedMethod):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             bar.update()
         bar.close()
         return losses

@@ -67,6 +67,11 @@ class Spectrum(NamedTuple):
     size: float
     rounding: float
 
+    @property
+    def varies(self) -> bool:
+        """Whether there is a moment at all: what is left of a mean that was subtracted is rounding, not variance."""
+        return self.mean > self.rounding * self.size
+
 
 class Shift(NamedTuple):
     """An estimate of ΔW, weighted by the inputs: ``half = ΔW C̃^{1/2} Q`` with C̃ = Q diag(roots²) Qᵀ.
@@ -151,12 +156,11 @@ def solve(weight: Float[Tensor, "out in"], given_spectrum: Spectrum, **options: 
     require_choice("constraint", constraint, Constraint)
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be ≥ 1 or None, got {top_k}")
-    values, vectors, mean, size, eps = given_spectrum
+    values, vectors, mean, *_, eps = given_spectrum
     weight = weight.to(vectors)
     given = _given(vectors, options)
     k = min(top_k or len(values), len(values))
-    # what is left of a mean that was subtracted is rounding, not variance
-    if not mean > eps * size:
+    if not given_spectrum.varies:
         raise ValueError("the layer's inputs are zero or do not vary: there is no shift to estimate")
     floor = eps * float(values[0])
     damping = options.get("damping", 1e-2)
