@@ -69,10 +69,10 @@ def test_adam_follows_the_same_trajectory_as_at_the_matched_rates_of_the_origina
         for model, optimizer in zip((original, matched), optimizers, strict=True):
             train(model, case.batches(torch.float64), steps=50, optimizer=optimizer)
         for name, expected in products(original).items():
-            assert relative_difference(products(matched)[name], expected) < 1e-8, name
+            assert relative_difference(products(matched)[name], expected) < 1e-12, name
     assert (
         relative_difference(logits(matched, case.batch(torch.float64)), logits(original, case.batch(torch.float64)))
-        < 1e-8
+        < 1e-12
     )
     fresh = case.adapted(torch.float64, **config)
     start(fresh, method)
