@@ -14,6 +14,7 @@ import numpy as np
 from learning_rates import (
     CELLS,
     METHODS,
+    ROWS,
     RSLORA,
     SEEDS,
     UNIT,
@@ -92,7 +93,10 @@ def rows(cell: Cell) -> list[dict[str, Any]]:
             continue
         done, ratio = exponents(cell, method)[1], suggested_ratio(cell, method)
         at_best = _seeds(grid(cell, method, best, 0))
-        runs = {kind: _seeds(Job(cell, method, kind)) for kind in ("suggested", "vanilla", "matched")}
+        runs = {kind: _seeds(Job(cell, method, kind)) for kind in ("suggested", "matched")}
+        center = tuned(cell, VANILLA)
+        assert center is not None  # there is a reference
+        runs["vanilla"] = _seeds(grid(cell, method, center, 0))
         found.append(
             {
                 "method": method,
@@ -109,7 +113,7 @@ def rows(cell: Cell) -> list[dict[str, Any]]:
 def table(cell: Cell, known: list[dict[str, Any]]) -> list[str]:
     metric = METRICS.get(cell.name)
     what = "evaluation loss" + (f" / {metric} in %" if metric else "")
-    lines = [f"## {cell.name}", "", f"{cell.steps} steps of 16 rows; {what}.", ""]
+    lines = [f"## {cell.name}", "", f"{cell.steps} steps of {ROWS} rows; {what}.", ""]
     lines += ["| start | tuned | suggested | suggested / tuned | at tuned | at suggested | at vanilla's | match_lr |"]
     lines += ["|---" * 8 + "|"]
     for row in known:
