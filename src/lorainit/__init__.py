@@ -32,6 +32,7 @@ from .methods.milora import MiLoRA
 from .methods.olora import OLoRA
 from .methods.orthogonal import Orthogonal
 from .methods.pissa import PiSSA
+from .methods.random import Random
 from .ranks import RankRule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, find_sites
@@ -66,6 +67,7 @@ __all__ = [
     "OLoRA",
     "Orthogonal",
     "PiSSA",
+    "Random",
     "RankRule",
     "UnsupportedLayerError",
     "__version__",

@@ -20,6 +20,7 @@ from . import (
     olora,
     orthogonal,
     pissa,
+    random,
 )
 from .method import Factors, Method, MethodInfo
 from .registry import available, get_method, register
@@ -47,5 +48,6 @@ __all__ = [
     "olora",
     "orthogonal",
     "pissa",
+    "random",
     "register",
 ]
