@@ -170,3 +170,22 @@ class Plan:
 def _chain(first: Point, rest: Iterator[Point]) -> Iterator[Point]:
     yield first
     yield from rest
+
+
+def settled(suite: Suite, results: Results) -> list[tuple[Group, Group]]:
+    """Return every group with all that the results say about it, and the vanilla group of its cell; runs nothing."""
+    found = []
+    for cell in cells(suite):
+        groups = [Group(cell, entry) for entry in suite.entries()]
+        vanilla = next(group for group in groups if group.entry.label == VANILLA)
+        for group in (vanilla, *(group for group in groups if group is not vanilla)):
+            fresh = True
+            while fresh:
+                points = list(group.points(vanilla))
+                known = {p: results.summaries.get(trial(cell, group.entry, p).key) for p in points}
+                fresh = any(summary is not None for summary in known.values())
+                for point, summary in known.items():
+                    if summary is not None:
+                        group.note(point, summary)
+        found += [(group, vanilla) for group in groups]
+    return found

@@ -224,6 +224,20 @@ def load(file: str | Path) -> Suite:
     Raises:
         LoraInitError: no such file, an unknown field, method, task or module, an empty grid, a label given twice.
     """
+    suite = read(file)
+    try:
+        check(suite)
+    except LoraInitError as error:
+        raise LoraInitError(f"suite {file}: {error}") from error
+    return suite
+
+
+def read(file: str | Path) -> Suite:
+    """Read a suite, without a look at whether its methods, tasks and modules are there.
+
+    Raises:
+        LoraInitError: no such file, or it is no suite.
+    """
     from jsonargparse import ArgumentError, ArgumentParser
 
     if not Path(file).is_file():
@@ -237,10 +251,6 @@ def load(file: str | Path) -> Suite:
         suite: Suite = parser.instantiate_classes(parser.parse_string(nested)).suite
     except ArgumentError as error:
         raise LoraInitError(f"suite {file}: {' '.join(str(error).split())}") from error
-    try:
-        check(suite)
-    except LoraInitError as error:
-        raise LoraInitError(f"suite {file}: {error}") from error
     return suite
 
 
