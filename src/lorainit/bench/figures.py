@@ -22,6 +22,7 @@ _LOOKS: list[tuple[str, Any, str]] = [
     ("#8a4fbf", (0, (3, 1, 1, 1, 1, 1)), "v"),
     ("#a8821a", (0, (8, 3)), "P"),
 ]
+_TICKS = [digit * 10.0**power for power in range(-4, 6) for digit in (1, 2, 5)]
 _CONTROLS = {entry.label for entry in CONTROLS}
 
 
@@ -52,6 +53,9 @@ def rate_panels(table: Table) -> list[tuple[str, str]]:
         if row.tuned is not None:
             axes.plot(row.tuned, row.loss.mean, "o", mfc="none", mec=INK, markersize=9, mew=0.9)
         axes.set(xscale="log", xlim=(min(rates) / 1.3, max(rates) * 1.3), ylim=(best - margin, top + margin))
+        least = min(rate.loss.mean for rate in row.rates if rate.loss.count)
+        if least > top + margin:
+            axes.text(0.5, 0.9, f"above: {least:.3f}", transform=axes.transAxes, ha="center", fontsize=8)
         axes.tick_params(labelsize=7)
         panels.append((row.label, drawing.svg(figure)))
     return panels
@@ -72,6 +76,9 @@ def loss_curves(table: Table) -> dict[str, str]:
             every = max(1, len(x) // 6)
             axes.plot(x, y, color=color, linestyle=dashes, marker=marker, markevery=every, ms=4, lw=1.4, label=row.label)
         axes.set(xlabel=label, ylabel="training loss")
+        control = [value for _, value in statistics.smooth(chosen[0].curve)]
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, min(high, max(control) + 0.15 * (max(control) - min(control))))
         axes.legend(frameon=False, fontsize=8)
         drawn[name] = drawing.svg(figure)
     return drawn
@@ -96,6 +103,9 @@ def pareto(table: Table) -> str | None:
     axes.set(xscale="log", xlabel="seconds that the start takes", ylabel="evaluation loss")
     low, high = min(r.start_seconds for r in points), max(r.start_seconds for r in points)
     axes.set_xlim(low / 1.6, high * 2.6)
+    ticks = [tick for tick in _TICKS if low / 1.6 <= tick <= high * 2.6]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     _clip_outliers(axes, points)
     _labels(axes, points)
     return drawing.svg(figure)

@@ -190,7 +190,7 @@ def _line(table: Table, row: Row) -> list[str]:
         line.append(_interval(row.rows, signed=True) if row.rows else "–")
     line += [_interval(row.compared[kind]) if kind in row.compared else "–" for kind in _kinds(table)]
     line += ["never" if share is None and row.curve else _share(share) for share in (row.steps_share, row.seconds_share)]
-    line.append(number(row.early, 4))
+    line.append("–" if math.isnan(row.early) else f"{row.early:.3f}")
     if any(each.forgetting.count for each in table.rows):
         line.append(_interval(row.forgetting, signed=True))
     line += [_seconds(row.start_seconds), "–" if row.start_bytes is None else f"{row.start_bytes / 2**20:.0f} MiB"]
