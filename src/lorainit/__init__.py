@@ -17,6 +17,7 @@ from .initialize import initialize
 from .methods import Factors, Method, MethodInfo, available, get_method, register
 from .methods.abm import ABMLoRA
 from .methods.ag_lora import AGLoRA
+from .methods.auto import Auto
 from .methods.cntlora import CNTLoRA
 from .methods.corda import CorDA
 from .methods.eva import EVA
@@ -41,6 +42,7 @@ from .version import __version__
 __all__ = [
     "ABMLoRA",
     "AGLoRA",
+    "Auto",
     "CNTLoRA",
     "CorDA",
     "Diagnosis",

@@ -282,7 +282,7 @@ def check(suite: Suite) -> None:
         raise LoraInitError("search: unit must be positive, stride and widest at least 1")
     if "suggested" in suite.compare and suite.diagnosis is None:
         raise LoraInitError("compare: 'suggested' needs the diagnosis, which is switched off")
-    if suite.resources.attempts < 1 or (suite.resources.workers or 1) < 1:
+    if suite.resources.attempts < 1 or (suite.resources.workers is not None and suite.resources.workers < 1):
         raise LoraInitError("resources: attempts and workers must be at least 1")
     for entry in suite.entries():
         _within(f"methods: {entry.label}", lambda entry=entry: get_method(entry.name, **entry.options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     abm,
     ag_lora,
+    auto,
     cntlora,
     corda,
     eva,
@@ -31,6 +32,7 @@ __all__ = [
     "MethodInfo",
     "abm",
     "ag_lora",
+    "auto",
     "available",
     "cntlora",
     "corda",

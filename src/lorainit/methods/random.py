@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -41,12 +41,10 @@ class Random(Method):
     """A reference's start turned into random directions: what it still gains over vanilla is due to its magnitude.
 
     Args:
-        reference: name of the data-free method whose magnitude is matched.
-        reference_options: its options.
+        reference: the data-free method whose magnitude is matched: its name, or a method object.
     """
 
-    reference: str = "pissa"
-    reference_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reference: str | Method = "pissa"
 
     info: ClassVar = MethodInfo(
         name="random",
@@ -59,12 +57,12 @@ class Random(Method):
         """Check the reference."""
         info = self._reference().info
         if info.needs or info.name == self.info.name:
-            raise ValueError(f"reference='{self.reference}' must be a data-free method other than this one")
+            raise ValueError(f"reference={self.reference!r} must be a data-free method other than this one")
 
     def _reference(self) -> Method:
         from .registry import get_method
 
-        return get_method(self.reference, **self.reference_options)
+        return get_method(self.reference)
 
     def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
         """Return the turned reference."""
