@@ -4,9 +4,9 @@
     python benchmarks/evidence.py benchmarks/results/reference ...     # from folders of `lorainit bench`
 
 The gain of a method on a task is the relative reduction of its evaluation loss beside vanilla's, each at its best rate.
-Over tasks: the mean, Student's interval, and the p of the t-test, Holm-adjusted over all entries. Where the folders hold
-diagnoses, each method also gets entries for the lower and the upper half of the tasks by each diagnostic of vanilla's
-start, and one for vanilla's rate with match_lr.
+Over tasks: the mean, Student's interval, and the p of the t-test, Holm-adjusted over all entries. Where the folders
+hold diagnoses, each method also gets entries for the lower and the upper half of the tasks by each diagnostic of
+vanilla's start, and one for vanilla's rate with match_lr.
 
 The table is evidence for the tasks that it names only: `auto` has to be judged on others.
 """
@@ -85,8 +85,7 @@ def entries(tasks: list[Task]) -> list[dict[str, Any]]:
                 estimate = statistics.estimate(gains)
                 entry = {"method": method, "gain": estimate.mean, "low": estimate.low, "high": estimate.high}
                 found.append(
-                    entry
-                    | {"tasks": len(gains), "p": statistics.p_value(gains), "match_lr": match_lr, "where": where}
+                    entry | {"tasks": len(gains), "p": statistics.p_value(gains), "match_lr": match_lr, "where": where}
                 )
     adjusted = statistics.holm({str(place): entry["p"] for place, entry in enumerate(found)})
     for place, entry in enumerate(found):

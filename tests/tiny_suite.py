@@ -15,7 +15,9 @@ SUITE = Suite(
     name="tiny",
     methods=[MethodEntry("broken", method="kaiming", lora={"target_modules": ["nothing"]})],
     models=[
-        ModelEntry("bert", "root:bert", [TaskEntry("sst2", data=DataOptions(path="root:sst2", max_length=16), center=3)])
+        ModelEntry(
+            "bert", "root:bert", [TaskEntry("sst2", data=DataOptions(path="root:sst2", max_length=16), center=3)]
+        )
     ],
     ranks=[4],
     seeds=[0, 1],

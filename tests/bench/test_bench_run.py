@@ -165,7 +165,11 @@ def test_the_report_says_what_the_results_say(finished, tmp_path) -> None:
     losses = {}
     for record in Results(finished).records():
         tags = record["trial"]
-        if tags["label"] == "random" and not tags["diagnosis"] and tags["rate"] == float(rows["random"]["learning_rate"]):
+        if (
+            tags["label"] == "random"
+            and not tags["diagnosis"]
+            and tags["rate"] == float(rows["random"]["learning_rate"])
+        ):
             losses[tags["seed"]] = record["metrics"]["loss"]
     assert len(losses) == 2
     assert float(rows["random"]["loss_mean"]) == pytest.approx(sum(losses.values()) / 2)

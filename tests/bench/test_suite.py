@@ -58,7 +58,7 @@ def test_controls_come_first_and_are_never_left_out(tmp_path) -> None:
         ("name: x", "name: x\nresources: {workers: 0}", "workers must be at least 1"),
         ("loram,", "loram, loram,", "methods: loram stands there twice"),
         ("{task: sst2,", "{task: sst2, forgetting: {task: text},", "causal language model only"),
-        ("tasks: [{task: sst2, data: {path: \"root:sst2\"}}]", "tasks: []", "models: m: tasks is empty"),
+        ('tasks: [{task: sst2, data: {path: "root:sst2"}}]', "tasks: []", "models: m: tasks is empty"),
     ],
     ids=lambda value: None,
 )

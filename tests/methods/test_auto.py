@@ -11,6 +11,8 @@ import lorainit
 from lorainit import LoraInitError
 from lorainit.methods.auto import Auto
 
+HALF = {"information_loss": [0.5, 1]}
+
 
 def entry(method: str, gain: float, p: float = 0.01, **more) -> dict:
     return {"method": method, "gain": gain, "low": gain - 0.01, "high": gain + 0.01, "tasks": 6, "p": p} | more
@@ -64,9 +66,9 @@ def test_the_committed_evidence_is_what_the_script_makes_of_the_committed_result
         ((entry("loram", 0.05, match_lr=True),), {}, False, ("loram", True)),
         ((entry("lora-ga", 0.05), entry("loram", 0.02)), {}, False, ("loram", False)),
         ((entry("lora-ga", 0.05), entry("loram", 0.02)), {}, True, ("lora-ga", False)),
-        ((entry("pissa", 0.05, where={"information_loss": [0.5, 1]}),), {"information_loss": 0.7}, True, ("pissa", False)),
-        ((entry("pissa", 0.05, where={"information_loss": [0.5, 1]}),), {"information_loss": 0.4}, True, ("kaiming", False)),
-        ((entry("pissa", 0.05, where={"information_loss": [0.5, 1]}),), {}, False, ("kaiming", False)),
+        ((entry("pissa", 0.05, where=HALF),), {"information_loss": 0.7}, True, ("pissa", False)),
+        ((entry("pissa", 0.05, where=HALF),), {"information_loss": 0.4}, True, ("kaiming", False)),
+        ((entry("pissa", 0.05, where=HALF),), {}, False, ("kaiming", False)),
     ],
 )  # fmt: skip
 def test_the_largest_gain_beyond_chance_that_applies_is_chosen(table, entries, features, with_data, expected) -> None:

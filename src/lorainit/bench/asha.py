@@ -111,13 +111,16 @@ def judges(search: Search, tables: list[Cell], results: Results) -> dict[str, Ju
     Raises:
         LoraInitError: the suite does not say when trainings are evaluated and end.
     """
-    rungs = ray.remote(num_cpus=0)(Rungs).remote(search)
+    rungs: Any = ray.remote(num_cpus=0)(Rungs).remote(search)  # pyright: ignore[reportFunctionMemberAccess]
     found = {cell.name: Judge(rungs, *_intervals(cell)) for cell in tables}
     for key in results.summaries:
         if "_judged_" in key:
             record = results.read(key)
-            judge, tags = found.get(record["trial"]["cell"]), record["trial"]
-            for step, loss in record.get("curves", {}).get("eval_loss", []) if judge is not None else []:
+            tags = record["trial"]
+            judge = found.get(tags["cell"])
+            if judge is None:  # of another suite
+                continue
+            for step, loss in record.get("curves", {}).get("eval_loss", []):
                 told = (f"{tags['cell']}/{tags['label']}", key, step, loss, judge.every, judge.steps)
                 ray.get(rungs.report.remote(*told))
     return found

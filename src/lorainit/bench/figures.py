@@ -74,7 +74,9 @@ def loss_curves(table: Table) -> dict[str, str]:
             x = [step if name == "steps" else statistics.at_step(row.clock, step) for step, _ in curve]
             y = [value for _, value in curve]
             every = max(1, len(x) // 6)
-            axes.plot(x, y, color=color, linestyle=dashes, marker=marker, markevery=every, ms=4, lw=1.4, label=row.label)
+            axes.plot(
+                x, y, color=color, linestyle=dashes, marker=marker, markevery=every, ms=4, lw=1.4, label=row.label
+            )
         axes.set(xlabel=label, ylabel="training loss")
         control = [value for _, value in statistics.smooth(chosen[0].curve)]
         low, high = axes.get_ylim()

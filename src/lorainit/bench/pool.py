@@ -1,8 +1,9 @@
 """Jobs on Ray: as many at a time as the machines have room for, none lost when a worker dies.
 
 Plain actors instead of Tune: Tune keeps the state of every trial that is queued, starts a process for most of them
-(importing torch and transformers takes longer than a short trial), and its own experiment folder would be a second truth
-beside the results. Here a worker process carries out one job after the other, and the driver holds only those in flight.
+(importing torch and transformers takes longer than a short trial), and its experiment folder would be a second truth
+beside the results. Here a worker process carries out one job after the other, and the driver holds only those in
+flight. Loading the base again for each trial is left as it is: 0.2 of the 6 seconds of the shortest.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from ..errors import LoraInitError
 from .suite import Resources
 
 Job = TypeVar("Job")
+Job_co = TypeVar("Job_co", covariant=True)
 _PATIENCE = 600.0  # seconds without a worker before the cluster is called too small
 
 
-class Source(Protocol[Job]):
+class Source(Protocol[Job_co]):
     """Where jobs come from."""
 
-    def next(self) -> Job | None:
+    def next(self) -> Job_co | None:
         """Return a job, or None if there is none before another one has ended."""
         ...
 

@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import io
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files(__package__).joinpath("page.html.j2").read_text())
+    template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text())
     drawn = [
         {
             "rates": [(label, Markup(svg)) for label, svg in figures.rate_panels(table)],
@@ -154,16 +153,19 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 HOW_TO_READ = (
-    "Loss: evaluation loss after training, mean over seeds with Student's 95 % interval. Δ: minus tuned vanilla's, paired "
-    "by seed; negative is better. Each method runs at its own tuned rate; * marks a best rate at the edge of those tried. "
-    "p: paired t-test, Holm-adjusted over the methods of the table. Rows: Δ with the interval over test rows (bootstrap). "
-    "To vanilla: steps, and seconds with the start's own, until the training loss is down at vanilla's final one, as a "
-    "share of vanilla's training. Early: mean training loss over the first quarter."
+    "Loss: evaluation loss after training, mean over seeds with Student's 95 % interval. Δ: minus tuned vanilla's, "
+    "paired by seed; negative is better. Each method runs at its own tuned rate; * marks a best rate at the edge of "
+    "those tried. p: paired t-test, Holm-adjusted over the methods of the table. Rows: Δ with the interval over test "
+    "rows (bootstrap). To vanilla: steps, and seconds with the start's own, until the training loss is down at "
+    "vanilla's final one, as a share of vanilla's training. Early: mean training loss over the first quarter."
 )
 
 
 def _columns(table: Table) -> list[str]:
-    compare = [{"vanilla": "at vanilla's rate", "suggested": "at suggested rate", "matched": "match_lr"}[k] for k in _kinds(table)]
+    compare = [
+        {"vanilla": "at vanilla's rate", "suggested": "at suggested rate", "matched": "match_lr"}[k]
+        for k in _kinds(table)
+    ]
     metric = [f"{table.metric}, %"] if table.metric else []
     rows = ["Δ, rows"] if any(row.rows for row in table.rows) else []
     forgetting = ["forgotten"] if any(row.forgetting.count for row in table.rows) else []
@@ -183,13 +185,14 @@ def _line(table: Table, row: Row) -> list[str]:
     rate = "–" if row.tuned is None else f"{row.tuned:.2g}" + "*" * row.edge
     line = [row.label, rate, str(row.loss.count), _interval(row.loss)]
     if table.metric:
-        percent = [100 * getattr(row.metric, end) for end in ("mean", "low", "high")]
-        line.append(_interval(Estimate(*percent, row.metric.count), digits=1))
+        line.append(_interval(_hundredfold(row.metric), digits=1))
     line += [_interval(row.difference, signed=True), number(row.p_holm, 2)]
     if any(each.rows for each in table.rows):
         line.append(_interval(row.rows, signed=True) if row.rows else "–")
     line += [_interval(row.compared[kind]) if kind in row.compared else "–" for kind in _kinds(table)]
-    line += ["never" if share is None and row.curve else _share(share) for share in (row.steps_share, row.seconds_share)]
+    line += [
+        "never" if share is None and row.curve else _share(share) for share in (row.steps_share, row.seconds_share)
+    ]
     line.append("–" if math.isnan(row.early) else f"{row.early:.3f}")
     if any(each.forgetting.count for each in table.rows):
         line.append(_interval(row.forgetting, signed=True))
@@ -222,7 +225,11 @@ def _interval(found: Estimate, *, signed: bool = False, digits: int = 3) -> str:
 
 
 def _percent(found: Estimate) -> str:
-    return _interval(Estimate(100 * found.mean, 100 * found.low, 100 * found.high, found.count), signed=True, digits=1) + " %"
+    return _interval(_hundredfold(found), signed=True, digits=1) + " %"
+
+
+def _hundredfold(found: Estimate) -> Estimate:
+    return Estimate(100 * found.mean, 100 * found.low, 100 * found.high, found.count)
 
 
 def _share(value: float | None) -> str:

@@ -93,9 +93,7 @@ class Results:
         for key, stamp in self._files():
             summary = known.get(key)
             self.summaries[key] = (
-                summary
-                if summary is not None and summary.stamp == stamp
-                else _summary(self.read(key), self.path(key))
+                summary if summary is not None and summary.stamp == stamp else _summary(self.read(key), self.path(key))
             )
         if lines != len(self.summaries) or any(known.get(key) != s for key, s in self.summaries.items()):
             text = "".join(_line(key, summary) for key, summary in self.summaries.items())

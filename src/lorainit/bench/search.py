@@ -92,8 +92,8 @@ def tuned(search: Search, center: int, seeds: Sequence[int], losses: Losses) -> 
         return None
     searching = seeds if search.schedule == "grid" else seeds[:1]
     values = {k: mean_loss(search, k, searching, losses) for k in wanted}
-    best = min(wanted, key=lambda k: values[k])  # pyright: ignore[reportArgumentType] - none is None when it is over
-    return best if math.isfinite(values[best] or 0.0) else None
+    finite = {k: value for k, value in values.items() if value is not None and math.isfinite(value)}
+    return min(finite, key=lambda k: finite[k]) if finite else None
 
 
 def at_edge(search: Search, center: int, seeds: Sequence[int], losses: Losses) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,52 +250,61 @@ def read(file: str | Path) -> Suite:
     try:
         text = Path(file).read_text()
         nested = "suite:\n" + "".join(f"  {line}\n" for line in text.splitlines())
-        suite: Suite = parser.instantiate_classes(parser.parse_string(nested)).suite
+        found: Any = parser.instantiate_classes(parser.parse_string(nested))
     except ArgumentError as error:
         raise LoraInitError(f"suite {file}: {' '.join(str(error).split())}") from error
-    return suite
+    return found.suite
 
 
 def check(suite: Suite) -> None:
     """Raise a `LoraInitError` on anything that is known to be wrong before a trial runs."""
     import_modules(suite.imports)
-    search = suite.search
-    required = {"models": suite.models, "ranks": suite.ranks, "seeds": suite.seeds}
-    if search.schedule != "bracket":
-        required["search.exponents"] = search.exponents
-    required |= {f"models: {model.label}: tasks": model.tasks for model in suite.models}
-    for where, values in required.items():
-        if not values:
-            raise LoraInitError(f"{where} is empty: there is nothing to run")
-    labels = {
-        "methods": [entry if isinstance(entry, str) else entry.label for entry in suite.methods],
+    _check_lists(suite)
+    _check_numbers(suite)
+    for entry in suite.entries():
+        with _within(f"methods: {entry.label}"):
+            get_method(entry.name, **entry.options)
+    for model in suite.models:
+        for task in model.tasks:
+            with _within(f"models: {model.label}: tasks: {task.name}"):
+                chosen = get_task(task.task)
+                if task.forgetting is not None and {
+                    chosen.task_type,
+                    get_task(task.forgetting.task).task_type,
+                } != {"CAUSAL_LM"}:
+                    raise LoraInitError("forgetting is measured on a causal language model only")
+
+
+def _check_lists(suite: Suite) -> None:
+    """Raise on a list with nothing in it, or with something twice."""
+    lists: dict[str, list[Any]] = {
         "models": [model.label for model in suite.models],
         "ranks": suite.ranks,
         "seeds": suite.seeds,
     }
-    labels |= {f"models: {m.label}: tasks": [task.name for task in m.tasks] for m in suite.models}
-    for where, found in labels.items():
-        twice = sorted({str(label) for label in found if found.count(label) > 1})
+    lists |= {f"models: {m.label}: tasks": [task.name for task in m.tasks] for m in suite.models}
+    if suite.search.schedule != "bracket":
+        lists["search.exponents"] = suite.search.exponents
+    for where, values in lists.items():
+        if not values:
+            raise LoraInitError(f"{where} is empty: there is nothing to run")
+    lists["methods"] = [entry if isinstance(entry, str) else entry.label for entry in suite.methods]
+    for where, values in lists.items():
+        twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
             raise LoraInitError(f"{where}: {', '.join(twice)} stands there twice; give entries a label of their own")
+
+
+def _check_numbers(suite: Suite) -> None:
+    search, resources = suite.search, suite.resources
     if min(suite.ranks) < 1:
         raise LoraInitError(f"ranks: {min(suite.ranks)} is below 1")
     if not (search.unit > 0 and math.isfinite(search.unit) and search.stride >= 1 and search.widest >= 1):
         raise LoraInitError("search: unit must be positive, stride and widest at least 1")
     if "suggested" in suite.compare and suite.diagnosis is None:
         raise LoraInitError("compare: 'suggested' needs the diagnosis, which is switched off")
-    if suite.resources.attempts < 1 or (suite.resources.workers is not None and suite.resources.workers < 1):
+    if resources.attempts < 1 or (resources.workers is not None and resources.workers < 1):
         raise LoraInitError("resources: attempts and workers must be at least 1")
-    for entry in suite.entries():
-        _within(f"methods: {entry.label}", lambda entry=entry: get_method(entry.name, **entry.options))
-    for model in suite.models:
-        for task in model.tasks:
-            where = f"models: {model.label}: tasks: {task.name}"
-            chosen = _within(where, lambda task=task: get_task(task.task))
-            if task.forgetting is not None:
-                held = _within(f"{where}: forgetting", lambda task=task: get_task(task.forgetting.task))
-                if {chosen.task_type, held.task_type} != {"CAUSAL_LM"}:
-                    raise LoraInitError(f"{where}: forgetting is measured on a causal language model only")
 
 
 def import_modules(names: list[str]) -> None:
@@ -309,8 +320,10 @@ def import_modules(names: list[str]) -> None:
             raise LoraInitError(f"imports: module '{name}' cannot be imported: {error}") from error
 
 
-def _within(where: str, read: Any) -> Any:
+@contextlib.contextmanager
+def _within(where: str) -> Iterator[None]:
+    """Say where an error lies."""
     try:
-        return read()
+        yield
     except LoraInitError as error:
         raise LoraInitError(f"{where}: {error}") from error

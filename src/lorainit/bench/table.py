@@ -150,7 +150,9 @@ def _table(pairs: list[tuple[Group, Group]], results: Results) -> Table:
     runs = {group.entry.label: _runs(group, vanilla, results) for group, vanilla in pairs}
     metric = cell.task.metric or _first_metric(runs)
     control = runs[VANILLA]
-    rows = [_row(each, control, metric, vanilla, results) for each, (_, vanilla) in zip(runs.values(), pairs, strict=True)]
+    rows = [
+        _row(each, control, metric, vanilla, results) for each, (_, vanilla) in zip(runs.values(), pairs, strict=True)
+    ]
     adjusted = statistics.holm({row.label: row.p for row in rows})
     rows = [dataclasses.replace(row, p_holm=adjusted[row.label]) for row in rows]
     known = [record for each in runs.values() for record in each.records.values()]

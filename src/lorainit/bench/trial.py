@@ -165,7 +165,7 @@ def command(recipe: Recipe) -> str:
         if not isinstance(value, dict):
             options += [f"--{field}", _spelled(value)]
             continue
-        usual = {"lora": LORA_DEFAULTS, "train": TRAIN_DEFAULTS}.get(field, standard[field])
+        usual: dict[str, Any] = {"lora": LORA_DEFAULTS, "train": TRAIN_DEFAULTS}.get(field) or standard[field]
         for name, each in value.items():
             if name not in usual or usual[name] != each:
                 options += [f"--{field}.{name}", _spelled(each)]

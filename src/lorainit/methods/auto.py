@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -76,7 +76,7 @@ class Auto(Method):
     `lorainit.initialize` makes the choice before it starts a layer and tells it, with the reasons, in the report.
 
     Args:
-        evidence: JSON file with the table; default: the one that comes with lorainit, made by ``benchmarks/evidence.py``.
+        evidence: JSON file with the table; default: lorainit's own, made by ``benchmarks/evidence.py``.
     """
 
     evidence: str | None = None
