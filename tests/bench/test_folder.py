@@ -22,6 +22,15 @@ def test_a_folder_read_again_is_the_same_with_and_without_its_index(tmp_path) ->
     assert results.summaries["cell0/t4"].ratio == 0.5
 
 
+def test_a_folder_with_an_index_is_read_without_a_look_into_its_files(tmp_path, monkeypatch) -> None:
+    results = Results(tmp_path)
+    for i in range(5):
+        results.write(f"c/t{i}", record(float(i)))
+    results.close()
+    monkeypatch.setattr(Results, "read", None)
+    assert Results(tmp_path).summaries == results.summaries
+
+
 def test_half_a_line_and_half_a_file_of_a_killed_process_do_no_harm(tmp_path) -> None:
     results = Results(tmp_path)
     results.write("c/one", record(1.0))

@@ -87,9 +87,10 @@ class Results:
         with contextlib.suppress(FileNotFoundError):
             for line in (self.folder / _INDEX).read_text().splitlines():
                 lines += 1
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line of a process that was killed
+                with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was killed
                     entry = json.loads(line)
-                    known[entry.pop("key")] = Summary(**(entry | {"stamp": tuple(entry["stamp"])}))
+                    key = entry.pop("key")
+                    known[key] = Summary(**(entry | {"stamp": tuple(entry["stamp"])}))
         for key, stamp in self._files():
             summary = known.get(key)
             self.summaries[key] = (
