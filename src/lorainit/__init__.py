@@ -17,6 +17,7 @@ from .initialize import initialize
 from .methods import Factors, Method, MethodInfo, available, get_method, register
 from .methods.abm import ABMLoRA
 from .methods.ag_lora import AGLoRA
+from .methods.auto import Auto
 from .methods.cntlora import CNTLoRA
 from .methods.corda import CorDA
 from .methods.eva import EVA
@@ -32,6 +33,7 @@ from .methods.milora import MiLoRA
 from .methods.olora import OLoRA
 from .methods.orthogonal import Orthogonal
 from .methods.pissa import PiSSA
+from .methods.random import Random
 from .ranks import RankRule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, find_sites
@@ -40,6 +42,7 @@ from .version import __version__
 __all__ = [
     "ABMLoRA",
     "AGLoRA",
+    "Auto",
     "CNTLoRA",
     "CorDA",
     "Diagnosis",
@@ -66,6 +69,7 @@ __all__ = [
     "OLoRA",
     "Orthogonal",
     "PiSSA",
+    "Random",
     "RankRule",
     "UnsupportedLayerError",
     "__version__",

@@ -7,7 +7,7 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 from peft.tuners.lora import LoraLayer
@@ -31,6 +31,7 @@ from .errors import LoraInitError, UnsupportedLayerError
 from .generators import layer_generator
 from .linalg import product_norm
 from .methods import Factors, Method, get_method
+from .methods.auto import Auto, Choice
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
 from .ranks import RankRule, Rule
@@ -111,7 +112,13 @@ def initialize(
         >>> f"{report.layers[0].relative_size:.3f}"   # √(ln 4 / ln 64) · alpha / r
         '1.155'
     """
-    method = get_method(method)
+    asked = method = get_method(method)
+    details: dict[str, Any] = {}
+    if isinstance(method, Auto):
+        data = list(data) if isinstance(data, Iterator) else data  # the choice may look at them before the start does
+        method, matched, reasons = _choose(method, model, data, adapter_name, max_batches, seed)
+        details["choice"] = {"method": method.info.name, "match_lr": matched, "reasons": list(reasons)}
+        match_lr = match_lr or matched
     _check_choice("base", base, ("auto", *get_args(Base)))
     _check_choice("on_unsupported", on_unsupported, ("error", "default"))
     rule = rank_rule(ranks, method)
@@ -162,9 +169,9 @@ def initialize(
             if name in unsupported:
                 rows[name] = _left_alone(name, layer, adapter_name, unsupported[name])
         report = InitReport(
-            method=method.info.name,
+            method=asked.info.name,
             status=method.info.status,
-            options=_options(method),
+            options=_options(asked),
             base=base,
             adapter_name=adapter_name,
             seed=seed,
@@ -173,13 +180,26 @@ def initialize(
             peak_bytes=cost.peak_bytes,
             ranks=dataclasses.asdict(rule),
             warnings=fit.warnings,
-            details=fit.details | saved,
+            details=details | fit.details | saved,
         )
         rescale.finish(model, adapter_name, scalings, undo)
         for name, reason in unsupported.items():
             warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=2)
         checkpoint.mark_started(model, adapter_name, report)
     return report
+
+
+def _choose(
+    auto: Auto, model: nn.Module, data: Iterable[Any] | None, adapter_name: str, max_batches: int | None, seed: int
+) -> Choice:
+    """Make the choice of `Auto`; the fresh adapter is only diagnosed if that can change it."""
+    features: dict[str, float] = {}
+    if data is not None and any(entry.where for entry in auto.table() if entry.helps):
+        from .diagnostics.diagnose import diagnose  # needs more than a start does
+
+        found = diagnose(model, data, adapter_name=adapter_name, max_batches=max_batches or 8, bootstrap=0, seed=seed)
+        features = {name: value for name, value in found.to_dict().items() if isinstance(value, float)}
+    return auto.choose(features, with_data=data is not None)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -108,7 +108,9 @@ class InitReport:
             f"{label}({options}) on adapter '{self.adapter_name}', seed {self.seed}: "
             f"{len(self.layers)} layers in {self.seconds:.2f} s{peak}"
         )
-        notes = [f"warning: {w}" for w in self.warnings]
+        choice = self.details.get("choice")
+        notes = [f"chosen: {choice['method']}", *(f"- {reason}" for reason in choice["reasons"])] if choice else []
+        notes += [f"warning: {w}" for w in self.warnings]
         doubled = {layer.rank for layer in self.layers if layer.base in ("offset", "subtract")}
         if doubled:
             notes.append(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from . import checkpoint, provenance
 from .cost import measure
@@ -105,8 +107,12 @@ class Recipe:
     resume: bool = False
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Carry out a recipe and return its result, which is also written to ``<output>/result.json``.
+
+    Args:
+        recipe: what to do.
+        callbacks: more callbacks for the Trainer.
 
     Raises:
         LoraInitError: anything wrong in the recipe, before a step is taken where it can be known.
@@ -134,13 +140,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
                 task.collator(tokenizer),
             )
 
+    items: list[float] = []
     trainer = FiniteTrainer(
         model=model,
         args=arguments,
         train_dataset=train_set,
         eval_dataset=eval_set,
         data_collator=task.collator(tokenizer),
-        compute_metrics=_metrics(task),
+        compute_metrics=_metrics(task, items),
+        callbacks=[_Clock(), *callbacks],
     )
     with measure() as training_cost:
         trainer.train(resume_from_checkpoint=recipe.resume or None)
@@ -155,6 +163,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "rank": (LORA_DEFAULTS | recipe.lora)["r"],
         "seed": recipe.seed,
         "metrics": metrics,
+        "items": _in_row_order(items, trainer),
         "init": report.to_dict(),
         "curves": _curves(trainer.state.log_history),
         "cost": {"start": dataclasses.asdict(start_cost), "training": dataclasses.asdict(training_cost)},
@@ -219,7 +228,7 @@ def _calibration(
     method: Method, recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, train_set: Dataset | None = None
 ) -> Dataset | None:
     """Return the encoded rows that a data-driven start sees; None for a data-free one."""
-    if not method.info.needs:
+    if not method.wants_data:
         return None
     wanted = recipe.calibration
     if wanted.split is not None and wanted.file is not None:
@@ -362,6 +371,19 @@ class FiniteTrainer(Trainer):
         return found
 
 
+class _Clock(TrainerCallback):
+    """Notes in the Trainer's log how many seconds of training each entry comes after."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin to count."""
+        self._begin = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note the time."""
+        if state.log_history:
+            state.log_history[-1]["seconds"] = time.perf_counter() - self._begin
+
+
 def _write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result as JSON, one line a top-level key: long lists stay readable in a diff."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}" for key, value in result.items())
@@ -387,11 +409,36 @@ def _scores(trainer: Trainer) -> dict[str, float]:
     return {k: v for k, v in scores.items() if k not in timing}
 
 
-def _metrics(task: Task) -> Any:
-    """Return Trainer's metric function, or None where the loss is the metric (then no logits are kept)."""
+def _metrics(task: Task, items: list[float] | None = None) -> Any:
+    """Return Trainer's metric function, or None where the loss is the metric (then no logits are kept).
+
+    Args:
+        task: the task.
+        items: is filled with the loss of each row at the last evaluation, if the rows have classes.
+    """
     if type(task).metrics is Task.metrics:
         return None
-    return lambda prediction: task.metrics(prediction.predictions, prediction.label_ids)
+
+    def score(prediction: Any) -> dict[str, float]:
+        logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+        if items is not None and logits.ndim == 2 and labels.ndim == 1 and not labels.is_floating_point():
+            losses = torch.nn.functional.cross_entropy(logits.float(), labels.long(), reduction="none")
+            items[:] = [round(loss, 4) for loss in losses.tolist()]
+        return task.metrics(prediction.predictions, prediction.label_ids)
+
+    return score
+
+
+def _in_row_order(items: list[float], trainer: Trainer) -> list[float]:
+    """Return the losses in the order of the rows; the Trainer may have grouped them by length. None if they are spread.
+
+    Runs with other seeds group otherwise, and comparisons pair the same row.
+    """
+    batches: Any = trainer.get_eval_dataloader().batch_sampler
+    order = [row for batch in batches for row in batch]
+    if sorted(order) != list(range(len(items))):  # other processes have had the rest
+        return []
+    return [loss for _, loss in sorted(zip(order, items, strict=True))]
 
 
 def _curves(history: list[dict[str, float]]) -> dict[str, list[list[float]]]:
@@ -399,7 +446,7 @@ def _curves(history: list[dict[str, float]]) -> dict[str, list[list[float]]]:
     curves: dict[str, list[list[float]]] = {}
     for entry in history:
         for key, value in entry.items():
-            if key in ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy"):
+            if key in ("loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy", "seconds"):
                 curves.setdefault(key, []).append([entry["step"], value])
     return curves
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Callable
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..drawing import INK, STYLE, svg
 from ..errors import LoraInitError
 from .diagnosis import COLUMNS, Diagnosis, cells
 
@@ -15,11 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK = "#010203"  # becomes the text colour of the page, be it light or dark
 _BLUE, _ORANGE, _GREEN = "#2b7fc4", "#d55e00", "#12936b"
-_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lorainit", "font.size": 9}
-_STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK)
-_STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 _TICKS = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
 _NAMED = 40  # layers up to which each gets its name on the axis
 
@@ -40,7 +36,7 @@ def figures(diagnosis: Diagnosis) -> dict[str, Figure]:
     if diagnosis.sites:
         parts["agreement"] = _agreement
     for name, draw in parts.items():
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             count = len(diagnosis.sites) if name == "agreement" else len(diagnosis.layers)
             figure = Figure(figsize=(7.2, 1.1 + 0.17 * min(count, 2 * _NAMED)), layout="constrained")
             draw(diagnosis, figure.subplots())
@@ -54,7 +50,7 @@ def _by_layer(axes: Axes, names: list[str]) -> list[int]:
     step = max(1, -(-len(names) // (2 * _NAMED)))
     axes.set_yticks(places[::step], names[::step], fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.grid(axis="x", color=_INK, alpha=0.15, linewidth=0.5)
+    axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.5)
     return places
 
 
@@ -77,7 +73,7 @@ def _sizes(diagnosis: Diagnosis, axes: Axes) -> None:
     places = _by_layer(axes, [layer.name for layer in diagnosis.layers])
     for label, field, marker, color in (("Adam", "adam_size", "o", _BLUE), ("SGD", "sgd_size", "s", _ORANGE)):
         axes.plot([getattr(layer, field) for layer in diagnosis.layers], places, marker, color=color, label=label, ms=4)
-    axes.axvline(1, color=_INK, linewidth=0.8)
+    axes.axvline(1, color=INK, linewidth=0.8)
     axes.set(xlabel="size of the first update at one learning rate, relative to vanilla LoRA's", xscale="log")
     low, high = axes.get_xlim()
     ticks = [t for t in _TICKS if low <= t <= high]
@@ -103,7 +99,7 @@ def render(diagnosis: Diagnosis) -> str:
         "agreement": "Which activations it changes",
     }
     drawn = "".join(
-        f"<h2>{titles[name]}</h2><figure>{_svg(figure)}</figure>" for name, figure in figures(diagnosis).items()
+        f"<h2>{titles[name]}</h2><figure>{svg(figure)}</figure>" for name, figure in figures(diagnosis).items()
     )
     head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in COLUMNS)
     rows = [[html.escape(cell) for cell in cells(layer)] for layer in diagnosis.layers]
@@ -112,16 +108,6 @@ def render(diagnosis: Diagnosis) -> str:
     notes += "".join(f"<li>warning: {html.escape(warning)}</li>" for warning in diagnosis.warnings)
     title = f"A LoRA start: {diagnosis.method or diagnosis.adapter_name}"
     return _PAGE.substitute(title=html.escape(title), summary=notes, figures=drawn, head=head, body=body)
-
-
-def _svg(figure: Figure) -> str:
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=unsaid)
-    return '<svg aria-hidden="true"' + buffer.getvalue().partition("<svg")[2].replace(_INK, "currentColor")
 
 
 _PAGE = Template("""<!doctype html>

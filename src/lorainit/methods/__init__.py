@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     abm,
     ag_lora,
+    auto,
     cntlora,
     corda,
     eva,
@@ -20,6 +21,7 @@ from . import (
     olora,
     orthogonal,
     pissa,
+    random,
 )
 from .method import Factors, Method, MethodInfo
 from .registry import available, get_method, register
@@ -30,6 +32,7 @@ __all__ = [
     "MethodInfo",
     "abm",
     "ag_lora",
+    "auto",
     "available",
     "cntlora",
     "corda",
@@ -47,5 +50,6 @@ __all__ = [
     "olora",
     "orthogonal",
     "pissa",
+    "random",
     "register",
 ]

@@ -77,6 +77,11 @@ class Method(abc.ABC):
         """Which second set of batches it takes: any (``"proxy"``), one for each batch (``"pairs"``), or none."""
         return None
 
+    @property
+    def wants_data(self) -> bool:
+        """Whether batches of the task are of use to it."""
+        return bool(self.info.needs)
+
     @abc.abstractmethod
     def start(self, *args: Any, **kwargs: Any) -> Factors:
         """Return the start of one layer: ``start(site, generator)``, or ``start(site, generator, statistics)``.

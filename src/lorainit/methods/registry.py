@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import LoraInitError
 from .abm import ABMLoRA
 from .ag_lora import AGLoRA
+from .auto import Auto
 from .cntlora import CNTLoRA
 from .corda import CorDA
 from .eva import EVA
@@ -25,6 +26,7 @@ from .milora import MiLoRA
 from .olora import OLoRA
 from .orthogonal import Orthogonal
 from .pissa import PiSSA
+from .random import Random
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -98,7 +100,7 @@ def get_method(method: str | Method, **options: Any) -> Method:
         raise LoraInitError(f"method '{cls.info.name}': {error}") from error
 
 
-_DATA_FREE = (Kaiming, Gaussian, Orthogonal, InitAB, PiSSA, MiLoRA, OLoRA, LoRAM)
+_DATA_FREE = (Kaiming, Gaussian, Orthogonal, InitAB, PiSSA, MiLoRA, OLoRA, LoRAM, Random)
 _DATA_DRIVEN = (LoRADA, CNTLoRA, EVA, CorDA, LoRAGA, LoRAOne, AGLoRA, HRP, ABMLoRA)
-for _cls in (*_DATA_FREE, *_DATA_DRIVEN):
+for _cls in (*_DATA_FREE, *_DATA_DRIVEN, Auto):
     register(_cls)

@@ -1,0 +1,7 @@
+"""Comparing starts: a suite's trials on Ray, one JSON a trial, and a page that says what they show."""
+
+from __future__ import annotations
+
+from .suite import Suite, load
+
+__all__ = ["Suite", "load"]

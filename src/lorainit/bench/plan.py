@@ -1,0 +1,191 @@
+"""The queue of a benchmark: which trial is next, and what its result unlocks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from . import search
+from .results import Results, Summary
+from .search import Point
+from .suite import VANILLA, MethodEntry, Suite
+from .trial import Cell, Trial, cells, trial
+
+
+@dataclasses.dataclass
+class Group:
+    """A method in a cell, with what is known of its runs.
+
+    Attributes:
+        cell: the cell.
+        entry: the method.
+        losses: evaluation losses by point.
+        ratio: the suggested rate relative to vanilla's, once the diagnosis has found it.
+    """
+
+    cell: Cell
+    entry: MethodEntry
+    losses: dict[Point, float] = dataclasses.field(default_factory=dict)
+    ratio: float | None = None
+
+    @property
+    def center(self) -> int:
+        """Exponent at which the best rate is expected."""
+        return self.cell.task.center + self.entry.center
+
+    def best(self) -> int | None:
+        """Return the exponent of the tuned rate, None while it is unknown."""
+        return search.tuned(self.cell.suite.search, self.center, self.cell.suite.seeds, self.losses)
+
+    def over(self) -> bool:
+        """Return whether the search for a rate has ended."""
+        return search.tried(self.cell.suite.search, self.center, self.cell.suite.seeds, self.losses)[1]
+
+    def points(self, vanilla: Group) -> Iterator[Point]:
+        """Yield what is missing now; more may be once these are done.
+
+        Args:
+            vanilla: the control of the same cell.
+        """
+        suite = self.cell.suite
+        diagnosis = Point(0.0, suite.seeds[0], diagnosis=True)
+        if suite.diagnosis is not None and diagnosis not in self.losses:
+            yield diagnosis
+        if not self.over():
+            yield from search.search_points(suite.search, self.center, suite.seeds, self.losses)
+            return
+        wanted = dict.fromkeys([*self.finals(), *self.comparisons(vanilla).values()])
+        yield from (point for point in wanted if point not in self.losses)
+
+    def finals(self) -> list[Point]:
+        """Return the runs at the tuned rate; none while it is unknown."""
+        best = self.best()
+        if best is None:
+            return []
+        suite = self.cell.suite
+        return [Point(search.rate(suite.search, best), seed) for seed in suite.final_seeds()]
+
+    def comparisons(self, vanilla: Group) -> dict[tuple[str, int], Point]:
+        """Return the runs at vanilla's tuned rate and what follows from it, by kind and seed; none while unknown."""
+        suite, best = self.cell.suite, vanilla.best()
+        if best is None or self is vanilla:
+            return {}
+        rate, found = search.rate(suite.search, best), {}
+        for kind in suite.compare:
+            for seed in suite.comparison_seeds():
+                if kind == "vanilla":
+                    found[kind, seed] = Point(rate, seed)
+                elif kind == "matched" and not self.entry.lora:  # LoRA's own options are what sets such a row apart
+                    found[kind, seed] = Point(rate, seed, matched=True)
+                elif kind == "suggested" and self.ratio is not None:
+                    found[kind, seed] = Point(search.suggestion(rate, self.ratio), seed)
+        return found
+
+    def note(self, point: Point, summary: Summary) -> None:
+        """Take in a result."""
+        self.losses[point] = summary.loss
+        if point.diagnosis and summary.ratio is not None:
+            self.ratio = summary.ratio
+
+
+class Plan:
+    """All groups of a suite as one queue that is worked off lazily.
+
+    A group's missing points are a round; the next round is made when all of it is done. While one group waits, the
+    others fill the machines.
+
+    Args:
+        suite: the suite.
+        results: what there is; a failed trial counts as done.
+        retry_failed: run failed trials again.
+    """
+
+    def __init__(self, suite: Suite, results: Results, *, retry_failed: bool = False) -> None:
+        self.results, self._retry = results, retry_failed
+        self._repeated: set[str] = set()
+        self.groups: list[Group] = []
+        self._vanilla: dict[str, Group] = {}
+        for cell in cells(suite):
+            groups = [Group(cell, entry) for entry in suite.entries()]
+            self._vanilla[cell.name] = next(group for group in groups if group.entry.label == VANILLA)
+            self.groups += groups
+        self._rounds: list[Iterator[Point]] = [iter(()) for _ in self.groups]
+        self._running = [0] * len(self.groups)
+        self._turn = 0
+        self._owner: dict[str, tuple[int, Point]] = {}
+
+    def next(self) -> Trial | None:
+        """Return a trial that is missing, None if there is none before another one has ended."""
+        progress = True
+        while progress:
+            progress = False
+            for offset in range(len(self.groups)):
+                place = (self._turn + offset) % len(self.groups)
+                found = self._next_of(place)
+                if found is not None:
+                    self._turn = place
+                    return found
+                if self._running[place] == 0:
+                    progress = self._new_round(place) or progress
+        return None
+
+    def ended(self, key: str, summary: Summary) -> None:
+        """Take in a trial's result."""
+        place, point = self._owner.pop(key)
+        self._running[place] -= 1
+        self.groups[place].note(point, summary)
+
+    def _next_of(self, place: int) -> Trial | None:
+        """Return the next trial of a group's round that has no result; results that there are, are taken in."""
+        group = self.groups[place]
+        for point in self._rounds[place]:
+            chosen = trial(group.cell, group.entry, point)
+            summary = self._known(chosen.key)
+            if summary is not None:
+                group.note(point, summary)
+                continue
+            self._owner[chosen.key] = (place, point)
+            self._running[place] += 1
+            return chosen
+        return None
+
+    def _new_round(self, place: int) -> bool:
+        """Make a group's next round; return whether there is anything in it."""
+        group = self.groups[place]
+        points = group.points(self._vanilla[group.cell.name])
+        first = next(points, None)
+        if first is None:
+            return False
+        self._rounds[place] = _chain(first, points)
+        return True
+
+    def _known(self, key: str) -> Summary | None:
+        summary = self.results.summaries.get(key)
+        if summary is not None and summary.status == "failed" and self._retry and key not in self._repeated:
+            self._repeated.add(key)
+            return None
+        return summary
+
+
+def _chain(first: Point, rest: Iterator[Point]) -> Iterator[Point]:
+    yield first
+    yield from rest
+
+
+def settled(suite: Suite, results: Results) -> list[tuple[Group, Group]]:
+    """Return every group with all that the results say about it, and the vanilla group of its cell; runs nothing."""
+    found = []
+    for cell in cells(suite):
+        groups = [Group(cell, entry) for entry in suite.entries()]
+        vanilla = next(group for group in groups if group.entry.label == VANILLA)
+        for group in (vanilla, *(group for group in groups if group is not vanilla)):
+            fresh = True
+            while fresh:
+                points = list(group.points(vanilla))
+                known = {p: results.summaries.get(trial(cell, group.entry, p).key) for p in points}
+                fresh = any(summary is not None for summary in known.values())
+                for point, summary in known.items():
+                    if summary is not None:
+                        group.note(point, summary)
+        found += [(group, vanilla) for group in groups]
+    return found

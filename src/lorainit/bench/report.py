@@ -1,0 +1,292 @@
+"""``lorainit report``: one HTML page that needs no other file, and the same tables as Markdown and CSV."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import methods
+from ..errors import LoraInitError
+from ..version import __version__
+from . import figures, statistics
+from .results import Results
+from .statistics import Estimate
+from .suite import VANILLA, Suite, import_modules, read
+from .table import Row, Table, tables
+
+ALPHA = 0.05
+
+
+def write_report(results: str | Path, output: str | Path) -> list[Path]:
+    """Write ``index.html``, ``report.md`` and ``report.csv`` and return their paths.
+
+    Raises:
+        LoraInitError: no folder of results, or nothing in it yet.
+    """
+    folder = Path(results)
+    if not (folder / "suite.json").is_file():
+        raise LoraInitError(f"{folder} holds no results of `lorainit bench`: there is no suite.json")
+    suite = read(folder / "suite.json")
+    with contextlib.suppress(LoraInitError):  # only the papers of third parties' methods would be known by it
+        import_modules(suite.imports)
+    with contextlib.closing(Results(folder)) as found:
+        known = tables(suite, found)
+        counts = {}
+        for summary in found.summaries.values():
+            counts[summary.status] = counts.get(summary.status, 0) + 1
+    if not known:
+        raise LoraInitError(f"{folder} holds no result of suite '{suite.name}' yet")
+    target = Path(output)
+    target.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "index.html": page(suite, known, counts),
+        "report.md": markdown(suite, known),
+        "report.csv": table_csv(known),
+    }
+    for name, text in texts.items():
+        (target / name).write_text(text)
+    return [target / name for name in texts]
+
+
+def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
+    """Return the page."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text())
+    drawn = [
+        {
+            "rates": [(label, Markup(svg)) for label, svg in figures.rate_panels(table)],
+            "curves": {name: Markup(svg) for name, svg in figures.loss_curves(table).items()},
+            "pareto": Markup(figures.pareto(table) or ""),
+        }
+        for table in known
+    ]
+    return template.render(
+        suite=suite,
+        counts=counts,
+        version=__version__,
+        tables=[(table, _columns(table), _cells(table), shown) for table, shown in zip(known, drawn, strict=True)],
+        overview=overview(suite, known),
+        titles=[table.title for table in known],
+        papers=_papers(suite),
+        layers=_layers,
+        provenance=known[0].provenance,
+        missing=sum(row.missing for table in known for row in table.rows),
+        errors=[(key, error) for table in known for row in table.rows for key, error in row.errors.items()],
+        number=number,
+        zip=zip,
+    )
+
+
+def overview(suite: Suite, known: list[Table]) -> list[dict[str, Any]]:
+    """Return a line a method: the relative change of its loss in each cell, and over all cells."""
+    lines = []
+    for label in (entry.label for entry in suite.entries()):
+        rows = [next(row for row in table.rows if row.label == label) for table in known]
+        bases = [next(row for row in table.rows if row.label == VANILLA) for table in known]
+        shares = [
+            row.difference.mean / base.loss.mean
+            for row, base in zip(rows, bases, strict=True)
+            if row.difference.count and base.loss.mean
+        ]
+        verdicts = [_verdict(row) for row in rows]
+        lines.append(
+            {
+                "label": label,
+                "cells": [_change(row) for row in rows],
+                "all": _percent(statistics.estimate(shares)) if shares else "–",
+                "better": verdicts.count("better"),
+                "worse": verdicts.count("worse"),
+                "known": sum(row.difference.count > 1 for row in rows),
+                "start": _seconds(float(np.nanmean([row.start_seconds for row in rows])))
+                if not all(math.isnan(row.start_seconds) for row in rows)
+                else "–",
+            }
+        )
+    return lines
+
+
+def markdown(suite: Suite, known: list[Table]) -> str:
+    """Return the tables as Markdown."""
+    lines = [f"# {suite.name}", "", HOW_TO_READ, ""]
+    head = ["start", *(table.title for table in known), "all", "better / worse", "start takes"]
+    lines += ["## Overview: evaluation loss at the tuned rate, beside tuned vanilla's", "", *_pipes(head)]
+    for line in overview(suite, known):
+        verdict = f"{line['better']} / {line['worse']} of {line['known']}"
+        lines.append(_pipe([line["label"], *(c["text"] for c in line["cells"]), line["all"], verdict, line["start"]]))
+    for table in known:
+        lines += ["", f"## {table.title}", "", *_pipes(_columns(table))]
+        lines += [_pipe(cells) for cells in _cells(table)]
+    errors = [(key, error) for table in known for row in table.rows for key, error in row.errors.items()]
+    if errors:
+        lines += ["", "## Failed or diverged", "", *(f"- `{key}`: {error}" for key, error in errors)]
+    return "\n".join(lines) + "\n"
+
+
+def table_csv(known: list[Table]) -> str:
+    """Return one line a cell and method with every number."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    head: list[str] | None = None
+    for table in known:
+        for row in table.rows:
+            flat = _flat(table, row)
+            if head is None:
+                head = list(flat)
+                writer.writerow(head)
+            writer.writerow(["" if _unknown(value) else value for value in flat.values()])
+    return buffer.getvalue()
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return a number, or a dash for an unknown one."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
+
+
+HOW_TO_READ = (
+    "Loss: evaluation loss after training, mean over seeds with Student's 95 % interval. Δ: minus tuned vanilla's, "
+    "paired by seed; negative is better. Each method runs at its own tuned rate; * marks a best rate at the edge of "
+    "those tried. p: paired t-test, Holm-adjusted over the methods of the table. Rows: Δ with the interval over test "
+    "rows (bootstrap). To vanilla: steps, and seconds with the start's own, until the training loss is down at "
+    "vanilla's final one, as a share of vanilla's training. Early: mean training loss over the first quarter."
+)
+
+
+def _columns(table: Table) -> list[str]:
+    compare = [
+        {"vanilla": "at vanilla's rate", "suggested": "at suggested rate", "matched": "match_lr"}[k]
+        for k in _kinds(table)
+    ]
+    metric = [f"{table.metric}, %"] if table.metric else []
+    rows = ["Δ, rows"] if any(row.rows for row in table.rows) else []
+    forgetting = ["forgotten"] if any(row.forgetting.count for row in table.rows) else []
+    ends = ["steps to vanilla", "time to vanilla", "early", *forgetting, "start takes", "peak"]
+    return ["start", "rate", "seeds", "loss", *metric, "Δ loss", "p", *rows, *compare, *ends]
+
+
+def _kinds(table: Table) -> list[str]:
+    return [kind for kind in table.cell.suite.compare if any(kind in row.compared for row in table.rows)]
+
+
+def _cells(table: Table) -> list[list[str]]:
+    return [_line(table, row) for row in table.rows]
+
+
+def _line(table: Table, row: Row) -> list[str]:
+    rate = "–" if row.tuned is None else f"{row.tuned:.2g}" + "*" * row.edge
+    line = [row.label, rate, str(row.loss.count), _interval(row.loss)]
+    if table.metric:
+        line.append(_interval(_hundredfold(row.metric), digits=1))
+    line += [_interval(row.difference, signed=True), number(row.p_holm, 2)]
+    if any(each.rows for each in table.rows):
+        line.append(_interval(row.rows, signed=True) if row.rows else "–")
+    line += [_interval(row.compared[kind]) if kind in row.compared else "–" for kind in _kinds(table)]
+    line += [
+        "never" if share is None and row.curve else _share(share) for share in (row.steps_share, row.seconds_share)
+    ]
+    line.append("–" if math.isnan(row.early) else f"{row.early:.3f}")
+    if any(each.forgetting.count for each in table.rows):
+        line.append(_interval(row.forgetting, signed=True))
+    line += [_seconds(row.start_seconds), "–" if row.start_bytes is None else f"{row.start_bytes / 2**20:.0f} MiB"]
+    return line
+
+
+def _verdict(row: Row) -> str:
+    """Say whether a difference to vanilla is more than chance."""
+    if math.isnan(row.p_holm) or row.p_holm >= ALPHA:
+        return "unclear"
+    return "better" if row.difference.mean < 0 else "worse"
+
+
+def _change(row: Row) -> dict[str, str]:
+    if row.label == VANILLA:
+        return {"text": _interval(row.loss), "verdict": "control"}
+    if not row.difference.count:
+        return {"text": "failed" if row.errors else "–", "verdict": "unclear"}
+    mark = {"better": " ▼", "worse": " ▲", "unclear": ""}[_verdict(row)]
+    return {"text": _interval(row.difference, signed=True) + mark, "verdict": _verdict(row)}
+
+
+def _interval(found: Estimate, *, signed: bool = False, digits: int = 3) -> str:
+    if math.isnan(found.mean):
+        return "–"
+    sign = "+" if signed else ""
+    half = "" if math.isnan(found.low) else f" ± {(found.high - found.low) / 2:.{digits}f}"
+    return f"{found.mean:{sign}.{digits}f}{half}".replace("-", "−")
+
+
+def _percent(found: Estimate) -> str:
+    return _interval(_hundredfold(found), signed=True, digits=1) + " %"
+
+
+def _hundredfold(found: Estimate) -> Estimate:
+    return Estimate(100 * found.mean, 100 * found.low, 100 * found.high, found.count)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _seconds(value: float) -> str:
+    return "–" if math.isnan(value) else f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def _pipes(head: list[str]) -> list[str]:
+    return [_pipe(head), "|---" * len(head) + "|"]
+
+
+def _pipe(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _papers(suite: Suite) -> list[tuple[str, str]]:
+    known = {name: info.paper for info in methods.available() for name in (info.name, *info.aliases)}
+    return [(entry.label, known.get(entry.name, "")) for entry in suite.entries()]
+
+
+def _layers(table: Table) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """Return the diagnosed methods, a line for all layers together, and the information loss layer by layer."""
+    found = [row for row in table.rows if row.diagnosis]
+    sums = []
+    for row in found:
+        d: dict[str, Any] = row.diagnosis or {}
+        sizes = [d["information_loss"], d["best_loss"], d["isotropic_loss"], d["adam_size"], d["agreement"]]
+        shown = ["–" if value is None else f"{value:.3f}" for value in sizes]
+        sums.append([row.label, *shown, "–" if row.suggested is None else f"{row.suggested:.2g}"])
+    by_layer: dict[str, dict[str, float]] = {}
+    for row in found:
+        for layer in (row.diagnosis or {})["layers"]:
+            by_layer.setdefault(layer["name"], {})[row.label] = layer["information_loss"]
+    labels = [row.label for row in found]
+    lines = [
+        [name, *("–" if values.get(label) is None else f"{values[label]:.3f}" for label in labels)]
+        for name, values in by_layer.items()
+    ]
+    return labels, sums, lines
+
+
+def _flat(table: Table, row: Row) -> dict[str, Any]:
+    flat: dict[str, Any] = {"model": table.cell.model.label, "task": table.cell.task.name, "rank": table.cell.rank}
+    flat |= {"method": row.label, "learning_rate": row.tuned, "edge": row.edge, "metric_name": table.metric}
+    estimates = {"loss": row.loss, "metric": row.metric, "difference": row.difference}
+    estimates |= {"metric_difference": row.metric_difference, "difference_rows": row.rows, "forgetting": row.forgetting}
+    estimates |= {f"loss_{kind}": row.compared.get(kind) for kind in ("vanilla", "suggested", "matched")}
+    for name, found in estimates.items():
+        values = dataclasses.asdict(found) if found else dict.fromkeys(("mean", "low", "high", "count"))
+        flat |= {f"{name}_{part}": value for part, value in values.items()}
+    flat |= {"p": row.p, "p_holm": row.p_holm, "suggested_rate": row.suggested, "steps_share": row.steps_share}
+    flat |= {"seconds_share": row.seconds_share, "early": row.early, "start_seconds": row.start_seconds}
+    return flat | {"start_bytes": row.start_bytes, "missing": row.missing, "trials": " ".join(row.trials)}
+
+
+def _unknown(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))

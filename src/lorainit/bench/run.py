@@ -1,0 +1,147 @@
+"""``lorainit bench``: a suite's missing trials on Ray, until none is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import provenance
+from ..errors import LoraInitError
+from . import pool
+from .plan import Plan
+from .results import Results, Summary, write_json
+from .search import Point
+from .suite import Suite
+from .trial import Cell, Trial, cells, located
+from .work import carry_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a call of `bench` did.
+
+    Attributes:
+        carried_out: trials by status.
+        found: trials that were there before.
+        seconds: wall-clock time.
+    """
+
+    carried_out: dict[str, int]
+    found: int
+    seconds: float
+
+
+def bench(
+    suite: Suite,
+    output: str | Path,
+    *,
+    root: str | None = None,
+    address: str | None = None,
+    retry_failed: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Carry out what is missing of a suite.
+
+    It can be killed at any time; called again, it goes on where it was. A trial that fails is a row with its error.
+
+    Args:
+        suite: what to run.
+        output: folder of results, one JSON a trial.
+        root: folder that paths ``root:FOLDER`` of the suite lie below.
+        address: of a Ray cluster; default: this machine.
+        retry_failed: run failed trials again.
+        tell: takes a line a trial.
+
+    Raises:
+        LoraInitError: a path without root, no such cluster, another suite's results in the folder, no room for a trial,
+            or another process is at work in the folder.
+    """
+    begin = time.perf_counter()
+    tables = cells(suite)
+    for cell in tables:
+        recipe = located(cell.recipe(suite.entries()[0], Point(1.0, 0)), root)
+        if cell.task.data.path is not None and not Path(str(recipe.data.path)).is_dir():
+            raise LoraInitError(f"task '{cell.task.name}': there is no folder {recipe.data.path}")
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder), contextlib.closing(Results(folder)) as results:
+        write_json(folder / "suite.json", description(suite))
+        plan, found, counts = Plan(suite, results, retry_failed=retry_failed), len(results.summaries), Counter()
+
+        def end(trial: Trial, record: dict[str, Any]) -> None:
+            summary = results.write(trial.key, record)
+            counts[summary.status] += 1
+            plan.ended(trial.key, summary)
+            tell(_line(trial, summary, record))
+
+        def lose(trial: Trial, why: str) -> None:
+            record = {"method": trial.recipe.method, "model": trial.recipe.model, "task": trial.recipe.task}
+            record |= {"learning_rate": trial.point.rate, "rank": trial.recipe.lora["r"], "seed": trial.point.seed}
+            record |= {"status": "failed", "trial": trial.tags(), "metrics": {}, "error": why}
+            end(trial, record | {"recipe": dataclasses.asdict(trial.recipe), "provenance": provenance.collect()})
+
+        first = plan.next()
+        if first is not None:
+            with pool.cluster(address, suite.resources):
+                work = _worker(suite, root, results, tables)
+                pool.run(_Ahead(first, plan), work, end, lose, suite.resources)
+    return Outcome(dict(counts), found, time.perf_counter() - begin)
+
+
+def description(suite: Suite) -> dict[str, Any]:
+    """Return the suite as the folder of results remembers it."""
+    return dataclasses.asdict(suite)
+
+
+@dataclasses.dataclass
+class _Ahead:
+    """The plan, whose first trial has been looked at already: Ray is not started for nothing."""
+
+    first: Trial | None
+    plan: Plan
+
+    def next(self) -> Trial | None:
+        """Return the first trial, then the plan's."""
+        first, self.first = self.first, None
+        return first if first is not None else self.plan.next()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second driver out of the folder; the system drops the lock with the process, however that ends."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LoraInitError(f"another process is at work in {folder}") from None
+        yield
+
+
+def _worker(suite: Suite, root: str | None, results: Results, tables: list[Cell]) -> Callable[[Trial], dict[str, Any]]:
+    """Return what a worker does with a trial."""
+    if suite.search.schedule != "asha":
+        return functools.partial(carry_out, root=root)
+    from . import asha
+
+    judges = asha.judges(suite.search, tables, results)
+    return functools.partial(_judged, root=root, judges=judges)
+
+
+def _judged(trial: Trial, root: str | None, judges: dict[str, Any]) -> dict[str, Any]:
+    return carry_out(trial, root, judges[trial.cell] if trial.point.judged else None)
+
+
+def _line(trial: Trial, summary: Summary, record: dict[str, Any]) -> str:
+    if summary.status in ("failed", "diverged"):
+        return f"{trial.key} {summary.status}: {record['error']}"
+    if trial.point.diagnosis:
+        return f"{trial.key} suggested rate {record['ratio']:.3g} × vanilla's"
+    cost = record["cost"]["start"]["seconds"] + record["cost"]["training"]["seconds"]
+    return f"{trial.key} {summary.status}, loss {record['metrics']['loss']:.4f}, {cost:.1f} s"

@@ -1,0 +1,329 @@
+"""What a benchmark runs: methods × models × tasks × learning rates × ranks × seeds, from a YAML file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from ..diagnostics.run import DiagnosisOptions
+from ..errors import LoraInitError
+from ..methods import get_method
+from ..tasks import DataOptions, get_task
+from ..training import Calibration
+
+VANILLA = "kaiming"
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodEntry:
+    """A row of the table.
+
+    Attributes:
+        label: what the row is called.
+        method: name of the method; default: the label.
+        options: the method's options.
+        base: what to do about BA ≠ 0, as in `lorainit.initialize`.
+        lora: fields of `peft.LoraConfig` that are part of the method (``use_rslora: true``).
+        center: where its best rate is expected, in powers of 2 relative to vanilla's; a wrong guess only costs trials.
+    """
+
+    label: str
+    method: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base: str = "auto"
+    lora: dict[str, Any] = dataclasses.field(default_factory=dict)
+    center: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the method."""
+        return self.method or self.label
+
+
+# without these a comparison shows that something changed, not what helped; they are added to every suite
+CONTROLS = (
+    MethodEntry(VANILLA),
+    MethodEntry("rslora", method=VANILLA, lora={"use_rslora": True}, center=-1),
+    MethodEntry("init-ab"),
+    MethodEntry("random", center=-2),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgetting:
+    """Held-out text like the pre-training's, whose loss is taken before and after.
+
+    Attributes:
+        task: a task with a causal language model.
+        data: which rows; the evaluation split is used.
+    """
+
+    task: str = "text"
+    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskEntry:
+    """A task that a model is adapted to.
+
+    Attributes:
+        task: its name.
+        label: what its table is called; default: the name.
+        data: which rows; a path ``root:FOLDER`` lies below the root that the command names.
+        train: fields of `transformers.TrainingArguments` that differ from the suite's.
+        center: where vanilla's best rate is expected, in powers of 2 times the search's unit.
+        metric: the metric to show beside the loss; default: the first that the task has.
+        forgetting: held-out text to find out what is forgotten.
+    """
+
+    task: str
+    label: str | None = None
+    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    center: int = 0
+    metric: str | None = None
+    forgetting: Forgetting | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.label or self.task
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelEntry:
+    """A base model and the tasks it is adapted to.
+
+    Attributes:
+        label: what it is called.
+        model: hub name, folder, ``package:NAME/FOLDER``, or ``root:FOLDER``.
+        tasks: the tasks.
+        dtype: of the base weights.
+        lora: fields of `peft.LoraConfig` that differ from the suite's.
+        train: fields of `transformers.TrainingArguments` that differ from the suite's.
+    """
+
+    label: str
+    model: str
+    tasks: list[TaskEntry]
+    dtype: str = "float32"
+    lora: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How each method's learning rate is found: all methods share the points unit·2^k.
+
+    Attributes:
+        schedule: ``bracket`` (three rates ``stride`` apart with the first seed, widened while the best is at an edge,
+            refined around it, then every seed at the best), ``grid`` (every exponent with every seed, widened likewise)
+            or ``asha`` (every exponent with the first seed, where Ray Tune's ASHA stops the worse ones early, then
+            every seed at the best).
+        unit: the rate at exponent 0.
+        exponents: of ``grid`` and ``asha``, relative to where the method's best is expected.
+        stride: of ``bracket``: exponents between its first rates.
+        widest: exponents away from where the best is expected, beyond which the search stops.
+        grace: of ``asha``: evaluations before a trial may be stopped.
+        reduction: of ``asha``: one in so many goes on.
+        final_seeds: seeds at the best rate; default: the suite's. Seeds that the search has not seen are unbiased.
+    """
+
+    schedule: Literal["bracket", "grid", "asha"] = "bracket"
+    unit: float = 1e-3
+    exponents: list[int] = dataclasses.field(default_factory=lambda: [-4, -2, 0, 2, 4])
+    stride: int = 2
+    widest: int = 8
+    grace: int = 1
+    reduction: float = 3.0
+    final_seeds: list[int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one trial may use; so many run at once as the machines have room for.
+
+    Attributes:
+        cpus: cores a trial.
+        gpus: accelerators a trial; a fraction lets trials share one.
+        memory_gb: memory a trial, as Ray reserves it; default: not reserved.
+        workers: at most so many trials at a time.
+        attempts: how often a trial is tried whose worker dies (killed, out of memory).
+    """
+
+    cpus: float = 1
+    gpus: float = 0
+    memory_gb: float | None = None
+    workers: int | None = None
+    attempts: int = 3
+
+
+Comparison = Literal["vanilla", "suggested", "matched"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A benchmark.
+
+    Attributes:
+        name: what it is called.
+        methods: names, or entries with options; the controls (vanilla, rsLoRA, Init[AB], magnitude-matched random) are
+            added where they are missing.
+        models: the models, each with its tasks.
+        ranks: the ranks.
+        seeds: the seeds; the first one searches.
+        search: how learning rates are found.
+        compare: beside its tuned rate, each method runs at ``vanilla``'s tuned rate, at the rate that `suggest_lr`
+            derives from it (``suggested``), and at it with ``match_lr`` (``matched``).
+        compare_seeds: seeds of those runs; default: the search's final seeds.
+        lora: fields of `peft.LoraConfig`; ``lora_alpha`` is 2·rank unless it is given.
+        train: fields of `transformers.TrainingArguments`.
+        calibration: which rows a data-driven start sees.
+        diagnosis: what `diagnose` finds out about each start; null for nothing, and then no ``suggested`` rate.
+        resources: of one trial.
+        imports: Python modules to import first, such as one that calls `lorainit.register`.
+    """
+
+    name: str
+    methods: list[str | MethodEntry]
+    models: list[ModelEntry]
+    ranks: list[int] = dataclasses.field(default_factory=lambda: [8])
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
+    search: Search = dataclasses.field(default_factory=Search)
+    compare: list[Comparison] = dataclasses.field(default_factory=lambda: ["vanilla", "suggested", "matched"])
+    compare_seeds: list[int] | None = None
+    lora: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train: dict[str, Any] = dataclasses.field(default_factory=dict)
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
+    diagnosis: DiagnosisOptions | None = dataclasses.field(default_factory=DiagnosisOptions)
+    resources: Resources = dataclasses.field(default_factory=Resources)
+    imports: list[str] = dataclasses.field(default_factory=list)
+
+    def entries(self) -> list[MethodEntry]:
+        """Return the rows of the table: the controls first, then the others in the file's order."""
+        given = [MethodEntry(entry) if isinstance(entry, str) else entry for entry in self.methods]
+        by_label = {entry.label: entry for entry in given}
+        controls = [by_label.get(control.label, control) for control in CONTROLS]
+        return [*controls, *(entry for entry in given if entry.label not in {c.label for c in CONTROLS})]
+
+    def final_seeds(self) -> list[int]:
+        """Return the seeds at the best rate."""
+        return self.search.final_seeds or self.seeds
+
+    def comparison_seeds(self) -> list[int]:
+        """Return the seeds of the runs at vanilla's and at the suggested rate."""
+        return self.compare_seeds if self.compare_seeds is not None else self.final_seeds()
+
+
+def load(file: str | Path) -> Suite:
+    """Read a suite and check all that can be known before anything runs.
+
+    Raises:
+        LoraInitError: no such file, an unknown field, method, task or module, an empty grid, a label given twice.
+    """
+    suite = read(file)
+    try:
+        check(suite)
+    except LoraInitError as error:
+        raise LoraInitError(f"suite {file}: {error}") from error
+    return suite
+
+
+def read(file: str | Path) -> Suite:
+    """Read a suite, without a look at whether its methods, tasks and modules are there.
+
+    Raises:
+        LoraInitError: no such file, or it is no suite.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    if not Path(file).is_file():
+        raise LoraInitError(f"there is no suite {file}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Suite, "suite")
+    parser.add_argument("--file", action="config")
+    try:
+        text = Path(file).read_text()
+        nested = "suite:\n" + "".join(f"  {line}\n" for line in text.splitlines())
+        found: Any = parser.instantiate_classes(parser.parse_string(nested))
+    except ArgumentError as error:
+        raise LoraInitError(f"suite {file}: {' '.join(str(error).split())}") from error
+    return found.suite
+
+
+def check(suite: Suite) -> None:
+    """Raise a `LoraInitError` on anything that is known to be wrong before a trial runs."""
+    import_modules(suite.imports)
+    _check_lists(suite)
+    _check_numbers(suite)
+    for entry in suite.entries():
+        with _within(f"methods: {entry.label}"):
+            get_method(entry.name, **entry.options)
+    for model in suite.models:
+        for task in model.tasks:
+            with _within(f"models: {model.label}: tasks: {task.name}"):
+                chosen = get_task(task.task)
+                if task.forgetting is not None and {
+                    chosen.task_type,
+                    get_task(task.forgetting.task).task_type,
+                } != {"CAUSAL_LM"}:
+                    raise LoraInitError("forgetting is measured on a causal language model only")
+
+
+def _check_lists(suite: Suite) -> None:
+    """Raise on a list with nothing in it, or with something twice."""
+    lists: dict[str, list[Any]] = {
+        "models": [model.label for model in suite.models],
+        "ranks": suite.ranks,
+        "seeds": suite.seeds,
+    }
+    lists |= {f"models: {m.label}: tasks": [task.name for task in m.tasks] for m in suite.models}
+    if suite.search.schedule != "bracket":
+        lists["search.exponents"] = suite.search.exponents
+    for where, values in lists.items():
+        if not values:
+            raise LoraInitError(f"{where} is empty: there is nothing to run")
+    lists["methods"] = [entry if isinstance(entry, str) else entry.label for entry in suite.methods]
+    for where, values in lists.items():
+        twice = sorted({str(value) for value in values if values.count(value) > 1})
+        if twice:
+            raise LoraInitError(f"{where}: {', '.join(twice)} stands there twice; give entries a label of their own")
+
+
+def _check_numbers(suite: Suite) -> None:
+    search, resources = suite.search, suite.resources
+    if min(suite.ranks) < 1:
+        raise LoraInitError(f"ranks: {min(suite.ranks)} is below 1")
+    if not (search.unit > 0 and math.isfinite(search.unit) and search.stride >= 1 and search.widest >= 1):
+        raise LoraInitError("search: unit must be positive, stride and widest at least 1")
+    if "suggested" in suite.compare and suite.diagnosis is None:
+        raise LoraInitError("compare: 'suggested' needs the diagnosis, which is switched off")
+    if resources.attempts < 1 or (resources.workers is not None and resources.workers < 1):
+        raise LoraInitError("resources: attempts and workers must be at least 1")
+
+
+def import_modules(names: list[str]) -> None:
+    """Import the modules that register methods.
+
+    Raises:
+        LoraInitError: one cannot be imported.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise LoraInitError(f"imports: module '{name}' cannot be imported: {error}") from error
+
+
+@contextlib.contextmanager
+def _within(where: str) -> Iterator[None]:
+    """Say where an error lies."""
+    try:
+        yield
+    except LoraInitError as error:
+        raise LoraInitError(f"{where}: {error}") from error

@@ -1,0 +1,101 @@
+"""What a worker does with a trial: carry it out and return its record, whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import math
+import os
+import tempfile
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from .. import provenance
+from ..diagnostics.run import diagnose_recipe
+from ..errors import NonFiniteError
+from ..training import evaluate, train
+from .suite import Forgetting, import_modules
+from .trial import Trial, located, located_data
+
+if TYPE_CHECKING:
+    from .asha import Judge
+
+
+def carry_out(trial: Trial, root: str | None, judge: Judge | None = None) -> dict[str, Any]:
+    """Return a trial's record: `lorainit train`'s result, or an error in its place; a wrong trial stops nothing.
+
+    Args:
+        trial: what to do.
+        root: what ``root:FOLDER`` lies below.
+        judge: may stop the training early.
+    """
+    recipe = trial.recipe
+    record: dict[str, Any] = {"method": recipe.method, "model": recipe.model, "task": recipe.task}
+    record |= {"learning_rate": trial.point.rate, "rank": recipe.lora["r"], "seed": recipe.seed}
+    record |= {"status": "done", "trial": trial.tags(), "metrics": {}}
+    try:
+        with tempfile.TemporaryDirectory() as scratch, _silence():
+            import_modules(list(trial.imports))
+            found = _diagnosed(trial, root, scratch) if trial.point.diagnosis else _trained(trial, root, scratch, judge)
+        record |= found
+    except NonFiniteError as error:
+        record |= {"status": "diverged", "error": str(error)}
+    except Exception as error:  # the row says what went wrong; the other trials go on
+        said = f"{type(error).__name__}: {error}"
+        record |= {"status": "failed", "error": said, "traceback": traceback.format_exc(limit=-8)}
+    record["recipe"] = dataclasses.asdict(recipe)
+    return record if "provenance" in record else record | {"provenance": provenance.collect()}
+
+
+def _trained(trial: Trial, root: str | None, scratch: str, judge: Judge | None) -> dict[str, Any]:
+    """Train, measure what was forgotten."""
+    recipe = dataclasses.replace(located(trial.recipe, root), output=scratch)
+    callback = judge.callback(trial) if judge is not None else None
+    result = train(recipe, callbacks=[callback] if callback is not None else [])
+    # one row a layer is in the diagnosis of the start
+    result["init"] = {key: value for key, value in result["init"].items() if key != "layers"}
+    if trial.forgetting is not None:
+        result["forgetting"] = _forgotten(trial.forgetting, recipe.model, f"{scratch}/adapter", root)
+    if callback is not None and callback.stopped:
+        result["status"] = "stopped"
+    return {key: value for key, value in result.items() if key not in ("model", "recipe")}
+
+
+def _forgotten(held: Forgetting, model: str, adapter: str, root: str | None) -> dict[str, float]:
+    """Return the loss on held-out text of the base and of what was trained from it."""
+    data = located_data(held.data, root)
+    return {
+        "before": _base_loss(model, held.task, data),
+        "after": evaluate(model, held.task, adapter=adapter, data=data)["loss"],
+    }
+
+
+@functools.cache
+def _base_loss(model: str, task: str, data: Any) -> float:
+    return evaluate(model, task, data=data)["loss"]
+
+
+def _diagnosed(trial: Trial, root: str | None, scratch: str) -> dict[str, Any]:
+    """Diagnose the start and find the rate that `suggest_lr` gives it, relative to vanilla's."""
+    assert trial.diagnosis is not None
+    found, advice = diagnose_recipe(dataclasses.replace(located(trial.recipe, root), output=scratch), trial.diagnosis)
+    assert advice is not None
+    lora = trial.recipe.lora
+    # `suggest_lr` compares with vanilla at the layer's own scaling; Adam's first update is proportional to it
+    scaling = lora["lora_alpha"] / (math.sqrt(lora["r"]) if lora.get("use_rslora") else lora["r"])
+    ratio = advice.learning_rate * lora["lora_alpha"] / lora["r"] / scaling
+    told = advice.to_dict()
+    return {"ratio": ratio, "diagnosis": found.to_dict(), "advice": {k: told[k] for k in ("learning_rate", "reasons")}}
+
+
+@contextlib.contextmanager
+def _silence() -> Any:
+    """Keep the libraries' progress off the console; Ray would gather it from every machine."""
+    from datasets import disable_progress_bars
+
+    disable_progress_bars()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

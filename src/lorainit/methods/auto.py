@@ -1,0 +1,149 @@
+"""The start that the benchmark's evidence favours here; vanilla where it favours none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from ..errors import LoraInitError
+from ..sites import LoraSite
+from .kaiming import Kaiming
+from .method import Factors, Method, MethodInfo
+
+_TABLE = Path(__file__).with_name("evidence.json")
+_ALPHA = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What the benchmark says of a method beside tuned vanilla, on some tasks.
+
+    Attributes:
+        method: name of the method.
+        gain: mean relative reduction of the evaluation loss; negative where it is worse.
+        low: lower end of its 95 % interval over tasks.
+        high: upper end.
+        tasks: how many tasks.
+        p: of the gain, adjusted for all entries of the table (Holm).
+        match_lr: whether it ran at vanilla's rate with ``match_lr``, rather than at a tuned rate of its own.
+        where: the entry holds where each of these diagnostics of the fresh adapter lies between two values; see
+            `lorainit.Diagnosis` for their meaning.
+    """
+
+    method: str
+    gain: float
+    low: float
+    high: float
+    tasks: int
+    p: float
+    match_lr: bool = False
+    where: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def helps(self) -> bool:
+        """Whether the gain is more than chance."""
+        return self.gain > 0 and self.p < _ALPHA
+
+    def holds(self, features: Mapping[str, float]) -> bool:
+        """Return whether the entry applies where the diagnostics are these; an unknown one fits no bounds."""
+        return all(low <= features.get(name, math.nan) <= high for name, (low, high) in self.where.items())
+
+
+class Choice(NamedTuple):
+    """What was chosen.
+
+    Attributes:
+        method: the method that starts the adapter.
+        match_lr: whether its start is re-expressed for vanilla's learning rate.
+        reasons: why, one sentence each.
+    """
+
+    method: Method
+    match_lr: bool
+    reasons: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto(Method):
+    """A choice, not a start of its own: the method whose gain over tuned vanilla is largest among those beyond chance.
+
+    `lorainit.initialize` makes the choice before it starts a layer and tells it, with the reasons, in the report.
+
+    Args:
+        evidence: JSON file with the table; default: lorainit's own, made by ``benchmarks/evidence.py``.
+    """
+
+    evidence: str | None = None
+
+    info: ClassVar = MethodInfo(
+        name="auto",
+        summary="the method that the benchmark's evidence favours here, else vanilla",
+        paper="lorainit's own benchmark",
+        product="zero",
+    )
+
+    def __post_init__(self) -> None:
+        """Check the table."""
+        try:
+            self.table()
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise LoraInitError(f"evidence={self.evidence!r} is no table of evidence: {error}") from error
+
+    def table(self) -> list[Evidence]:
+        """Return the entries."""
+        found = json.loads(Path(self.evidence or _TABLE).read_text())["entries"]
+        bounds = [{name: tuple(ends) for name, ends in entry.get("where", {}).items()} for entry in found]
+        return [Evidence(**(entry | {"where": where})) for entry, where in zip(found, bounds, strict=True)]
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether batches can change the choice, or may be needed by what is chosen."""
+        from .registry import get_method
+
+        helpful = [entry for entry in self.table() if entry.helps]
+        return any(entry.where or get_method(entry.method).info.needs for entry in helpful)
+
+    def choose(self, features: Mapping[str, float], *, with_data: bool) -> Choice:
+        """Return the choice.
+
+        Args:
+            features: diagnostics of the fresh adapter, as far as they are known.
+            with_data: whether there are batches for a method that needs them.
+        """
+        from .registry import get_method
+
+        table = self.table()
+        helpful = sorted((entry for entry in table if entry.helps), key=lambda entry: -entry.gain)
+        reasons = [f"{len(table)} entries of evidence, {len(helpful)} with a gain over tuned vanilla beyond chance"]
+        for entry in helpful:
+            method = get_method(entry.method)
+            found = (
+                f"{entry.method}{' with match_lr' if entry.match_lr else ''}: loss {100 * entry.gain:.1f} % lower "
+                f"({100 * entry.low:.1f} to {100 * entry.high:.1f} %) on {entry.tasks} tasks"
+            )
+            bounds = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in entry.where.items())
+            where = f" with {bounds}" if bounds else ""
+            if not entry.holds(features):
+                seen = ", ".join(f"{name} {features.get(name, math.nan):.3g}" for name in entry.where)
+                reasons.append(f"{found}{where}; here: {seen}")
+            elif method.info.needs and not with_data:
+                reasons.append(f"{found}{where}; it needs data, and there are none")
+            else:
+                return Choice(method, entry.match_lr, (*reasons, f"{found}{where}: chosen"))
+        best = max(table, key=lambda entry: entry.gain, default=None)
+        if best is not None and not helpful:
+            reasons.append(
+                f"the largest is {best.method}'s, {100 * best.gain:+.1f} % ({100 * best.low:+.1f} to "
+                f"{100 * best.high:+.1f} %) on {best.tasks} tasks, p {best.p:.2g}"
+            )
+        return Choice(Kaiming(), False, (*reasons, "vanilla: nothing is expected to help"))
+
+    def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
+        """Return vanilla's start: what a method that is built on another gets, where no choice is made."""
+        return Kaiming().start(site, generator)
