@@ -139,7 +139,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         args=arguments,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        data_collator=task.collator(tokenizer),
+        data_collator=(task.packed_collator if recipe.data.packing else task.collator)(tokenizer),
         compute_metrics=_metrics(task),
     )
     with measure() as training_cost:
