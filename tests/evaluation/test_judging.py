@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -105,37 +104,31 @@ def test_an_endpoint_that_answers_nothing_usable_is_not_asked_for_ever(tmp_path)
         assert len(server.bodies) < 20
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[3])
-from pathlib import Path
-from test_judging import number, requests
-from lorainit.evaluation.endpoint import Judge
-from lorainit.evaluation.judging import judge_all
-from lorainit.evaluation.records import Records
-judge_all(requests(30), Judge("judge", base_url=sys.argv[1], concurrency=2), Records(Path(sys.argv[2])), number)
-"""
-
-
 def slowly(body, number):
     time.sleep(0.05)
     return echo(body, number)
 
 
+def run_told_where(pipe, path):
+    """Judge in a process of its own, at the address that comes through the pipe."""
+    judge_all(requests(30), Judge("judge", base_url=pipe.recv(), concurrency=2), Records(path), number)
+
+
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
 def test_a_run_killed_half_way_is_resumed_where_it_was(tmp_path, kill):
-    path, here = tmp_path / "v.jsonl", os.path.dirname(__file__)
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), os.path.dirname(here)])
-    }
+    path = tmp_path / "v.jsonl"
+    # forked, because importing torch anew takes longer than the test, and before the server's threads run
+    context = multiprocessing.get_context("fork")
+    pipe, end = context.Pipe()
+    process = context.Process(target=run_told_where, args=(end, path))
+    process.start()
     with serving(slowly) as server:
-        command = [sys.executable, "-c", SCRIPT, server.url, str(path), here]
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-        while len(server.bodies) < 10 and process.poll() is None:
+        pipe.send(server.url)
+        while len(server.bodies) < 10 and process.is_alive():
             time.sleep(0.01)
-        process.send_signal(kill)
-        process.communicate(timeout=60)
-        assert process.returncode != 0
+        os.kill(process.pid, kill)
+        process.join(60)
+        assert process.exitcode not in (0, None)
         asked = len(server.bodies)
         kept = sum(text.endswith("\n") for text in path.read_text().splitlines(keepends=True))
         assert 10 <= asked < 30
