@@ -189,7 +189,9 @@ def scores(
     lengths = ([len(pair.reference) for pair in pairs], [len(pair.output) for pair in pairs])
     found: dict[str, Any] = {"win rate": wins, "discrete win rate": whole}
     if control is not None:
-        found["length-controlled win rate"] = length_controlled(preferences, *lengths, *control)
+        # without the gamed verdicts it is another statistic, which the name has to tell
+        name = "length-controlled win rate" + (", fitted alone" if control[1] is None else "")
+        found[name] = length_controlled(preferences, *lengths, *control)
     return found | {"mean length": round(sum(lengths[1]) / len(pairs), 2)}
 
 

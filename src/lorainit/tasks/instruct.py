@@ -129,6 +129,8 @@ class InstructionTask(Task):
             reply = self.columns[-1]
             rows = rows.filter(lambda row: not any(text in row[reply].lower() for text in self.unwanted))
         kept = round(len(rows) * (1 - self.held_out))
+        if not 0 < kept < len(rows):
+            raise LoraInitError(f"task '{self.name}': {len(rows)} usable rows are too few to hold some out for scoring")
         return DatasetDict(
             {self.train_split: rows.select(range(kept)), self.eval_split: rows.select(range(kept, len(rows)))}
         )
