@@ -35,18 +35,12 @@ def judge(shared, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "transformers.cli.transformers",
-        "serve",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1"]
+    options = ["--port", str(port), "--device", "cpu"]
+    # offline: it would look for unknown models on the hub until the request times out
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*command, "--device", "cpu"], stdout=log, stderr=log, env=os.environ)
+        process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=environment)
     try:
         for _ in range(240):
             try:

@@ -166,11 +166,8 @@ class Endpoint:
             return Reply(None, problem=self._line(f"the reply has no text: {reason}"))
         usage = getattr(found, "usage", None)
         tokens = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-        return Reply(
-            self._hide(text),
-            _alternatives(choices[0]) if with_choices else (),
-            *(count if isinstance(count, int) and count >= 0 else 0 for count in tokens),
-        )
+        prompt, completion = (count if isinstance(count, int) and count >= 0 else 0 for count in tokens)
+        return Reply(self._hide(text), _alternatives(choices[0]) if with_choices else (), prompt, completion)
 
     def _hide(self, text: str) -> str:
         """Return a text without the key: a server may echo it."""

@@ -83,7 +83,8 @@ class Writer:
             checkpoint.read_adapter(adapter)  # one clear line for a folder that is no adapter
             self._identity += [adapter, provenance.hash_weights(adapter)]
             network = PeftModel.from_pretrained(network, adapter)
-        self._network: Any = network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self._network: Any = network.eval()
+        self._network.to("cuda" if torch.cuda.is_available() else "cpu")
         self._options = options
 
     def write(self, prompts: Sequence[Prompt], records: Records) -> list[dict[str, Any]]:
