@@ -54,7 +54,7 @@ def folders(tmp_path_factory):
 
 def test_a_run_scores_what_the_model_writes_and_is_resumed(folders, tmp_path, capsys):
     base, adapter, data = folders
-    command = ["evaluate", "gsm8k", "--model", base, "--adapter", adapter, "--data.path", data]
+    command = ["evaluate", "gsm8k", "--model", base, "--adapter", adapter, "--data", data]
     command += ["--generation.max_new_tokens", "6", "--output", str(tmp_path)]
     assert main(command) == 0
     printed = capsys.readouterr().out
@@ -68,10 +68,10 @@ def test_a_run_scores_what_the_model_writes_and_is_resumed(folders, tmp_path, ca
     assert sum(result["replies"].values()) == 6
 
 
-def test_right_and_wrong_numbers_are_told_apart(folders, tmp_path, monkeypatch):
+def test_right_and_wrong_numbers_are_told_apart(folders, tmp_path):
     """The replies come from a file as a resumed run's do; one is right and marked, one right, one wrong."""
     base, _, data = folders
-    options = GSM8K(base, str(tmp_path), data=DataOptions(path=data, eval_samples=3))
+    options = GSM8K(base, str(tmp_path), data=data, questions=3)
     run(options)
     lines = [json.loads(text) for text in (tmp_path / "replies.jsonl").read_text().splitlines()]
     replies = {"0": "#### 1.00", "1": "It is 2", "2": "#### 4 or 3"}
@@ -103,4 +103,9 @@ def test_the_prompt_is_the_one_of_training_or_a_conversation(folders):
 def test_rows_that_are_not_gsm8k(folders, tmp_path, rows, message):
     Dataset.from_list(rows).to_parquet(str(tmp_path / "test.parquet"))
     with pytest.raises(LoraInitError, match=message):
-        run(GSM8K(folders[0], str(tmp_path / "out"), data=DataOptions(path=str(tmp_path))))
+        run(GSM8K(folders[0], str(tmp_path / "out"), data=str(tmp_path)))
+
+
+def test_no_questions_are_an_error():
+    with pytest.raises(LoraInitError, match="questions must be ≥ 1"):
+        GSM8K("model", "out", questions=0)

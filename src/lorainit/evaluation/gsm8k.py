@@ -30,15 +30,21 @@ class GSM8K:
         model: hub name, local folder or ``package:NAME/FOLDER`` of the base.
         output: folder for ``result.json`` and the replies; a re-run there generates only what is missing.
         adapter: adapter folder.
-        data: which rows are used.
+        data: folder with ``test.parquet`` in the hub data set's columns; default: the hub.
+        questions: take the first so many; default: all 1319.
         generation: how the model answers; the template ``auto`` is the prompt that the task ``gsm8k`` trains here.
     """
 
     model: str
     output: str
     adapter: str | None = None
-    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    data: str | None = None
+    questions: int | None = None
     generation: Generation = dataclasses.field(default_factory=lambda: Generation(max_new_tokens=512))
+
+    def __post_init__(self) -> None:
+        if self.questions is not None and self.questions < 1:
+            raise LoraInitError(f"gsm8k: questions must be ≥ 1, got {self.questions}")
 
 
 def run(options: GSM8K) -> dict[str, Any]:
@@ -51,12 +57,12 @@ def run(options: GSM8K) -> dict[str, Any]:
         LoraInitError: wrong options or data.
     """
     task: Any = get_task("gsm8k")
-    rows = task.load_rows(options.data, split=task.eval_split)
+    rows = task.load_rows(DataOptions(path=options.data), split=task.eval_split)
     if task.columns[-1] not in rows.column_names:
         raise LoraInitError(
             f"task 'gsm8k': the rows lack the column '{task.columns[-1]}'; they have {rows.column_names}"
         )
-    rows = rows.select(range(min(options.data.eval_samples or len(rows), len(rows))))
+    rows = rows.select(range(min(options.questions or len(rows), len(rows))))
     truths = [marked_number(row["answer"]) for row in rows]
     for number, truth in enumerate(truths, 1):
         if truth is None:
