@@ -1,4 +1,7 @@
-"""The command line: ``lorainit methods | init | train | diagnose | evaluate | bench | report | export``."""
+"""The command line: ``lorainit methods | init | train | diagnose | evaluate | bench | report | export``.
+
+``lorainit evaluate mt-bench | alpaca-eval | gsm8k`` let the model write.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"lorainit: {error}; the command line needs `pip install lorainit[train]`", file=sys.stderr)
         return 1
     try:
-        command, options = _parse(arguments)
-        _COMMANDS[command][0](**options)
+        function, options = _parse(sys.argv[1:] if arguments is None else arguments)
+        function(**options)
     except jsonargparse.ArgumentError as error:
         print(f"lorainit: error: {' '.join(str(error).split())} (see lorainit --help)", file=sys.stderr)
         return 2
@@ -35,20 +38,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(arguments: list[str] | None) -> tuple[str, dict[str, Any]]:
-    """Return the command and its options, nested ones as their dataclasses."""
+def _parse(arguments: list[str]) -> tuple[Any, dict[str, Any]]:
+    """Return the command's function and its options, nested ones as their dataclasses."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="lorainit", version=__version__, description=__doc__, exit_on_error=False)
-    commands = parser.add_subcommands(title="commands")
-    for name, (function, add) in _COMMANDS.items():
+    name, commands = "lorainit", _COMMANDS
+    # `evaluate` alone is a command too, with options of its own that the benchmarks do not share
+    if arguments[:1] == ["evaluate"] and arguments[1:2] and arguments[1] in _BENCHMARKS:
+        name, commands, arguments = "lorainit evaluate", _BENCHMARKS, arguments[1:]
+    parser = ArgumentParser(prog=name, version=__version__, description=__doc__, exit_on_error=False)
+    subcommands = parser.add_subcommands(title="commands")
+    for command, (function, add) in commands.items():
         summary = (function.__doc__ or "").splitlines()[0]
         sub = ArgumentParser(description=summary, exit_on_error=False)
         add(sub)
-        commands.add_subcommand(name, sub, help=summary)
+        subcommands.add_subcommand(command, sub, help=summary)
     chosen: Any = parser.instantiate_classes(parser.parse_args(arguments))
     options = vars(chosen[chosen.subcommand])
-    return chosen.subcommand, {k: v for k, v in options.items() if k not in ("config", "__default_config__")}
+    return commands[chosen.subcommand][0], {
+        k: v for k, v in options.items() if k not in ("config", "__default_config__")
+    }
 
 
 def list_methods(json_output: bool = False) -> None:
@@ -109,7 +118,7 @@ def diagnose(**options: Any) -> None:
 
 
 def evaluate(**options: Any) -> None:
-    """Score a base model, with or without an adapter, on a task."""
+    """Score a base model, with or without an adapter, on a task, or on mt-bench, alpaca-eval or gsm8k."""
     from .training import evaluate as run
 
     print(json.dumps(run(**options), indent=2))
@@ -152,6 +161,34 @@ def report(results: str, output: str | None = None) -> None:
     from .bench.report import write_report
 
     print("\n".join(f"wrote {file}" for file in write_report(results, output or results)))
+
+
+def mt_bench(**options: Any) -> None:
+    """Let the model answer MT-Bench's questions and a judge grade the answers."""
+    from .evaluation import mt_bench
+
+    _show(mt_bench.run(mt_bench.MTBench(**options)), options["output"])
+
+
+def alpaca_eval(**options: Any) -> None:
+    """Let the model answer AlpacaEval's instructions and a judge compare the answers with a reference's."""
+    from .evaluation import alpaca_eval
+
+    _show(alpaca_eval.run(alpaca_eval.AlpacaEval(**options)), options["output"])
+
+
+def gsm8k(**options: Any) -> None:
+    """Let the model solve GSM8K's problems and compare the numbers."""
+    from .evaluation import gsm8k
+
+    _show(gsm8k.run(gsm8k.GSM8K(**options)), options["output"])
+
+
+def _show(result: dict[str, Any], output: str) -> None:
+    from .evaluation.result import describe
+
+    print(describe(result))
+    print(f"saved to {output}: result.json, and a line for each reply and verdict")
 
 
 def export(source: str, output: str, rank: int | None = None, merge: bool = False, model: str | None = None) -> None:
@@ -234,6 +271,27 @@ def _add_report(parser: Any) -> None:
     parser.add_function_arguments(report, as_group=False, skip={"results"})
 
 
+def _add_mt_bench(parser: Any) -> None:
+    from .evaluation.mt_bench import MTBench
+
+    parser.add_argument("--config", action="config", help="YAML file with these options")
+    parser.add_class_arguments(MTBench, as_group=False)
+
+
+def _add_alpaca_eval(parser: Any) -> None:
+    from .evaluation.alpaca_eval import AlpacaEval
+
+    parser.add_argument("--config", action="config", help="YAML file with these options")
+    parser.add_class_arguments(AlpacaEval, as_group=False)
+
+
+def _add_gsm8k(parser: Any) -> None:
+    from .evaluation.gsm8k import GSM8K
+
+    parser.add_argument("--config", action="config", help="YAML file with these options")
+    parser.add_class_arguments(GSM8K, as_group=False)
+
+
 def _add_export(parser: Any) -> None:
     parser.add_argument("source", type=str, help="adapter folder, for example a Trainer checkpoint")
     parser.add_function_arguments(export, as_group=False, skip={"source", "merge"})
@@ -249,6 +307,12 @@ _COMMANDS: dict[str, tuple[Any, Any]] = {
     "bench": (bench, _add_bench),
     "report": (report, _add_report),
     "export": (export, _add_export),
+}
+
+_BENCHMARKS: dict[str, tuple[Any, Any]] = {
+    "mt-bench": (mt_bench, _add_mt_bench),
+    "alpaca-eval": (alpaca_eval, _add_alpaca_eval),
+    "gsm8k": (gsm8k, _add_gsm8k),
 }
 
 if __name__ == "__main__":

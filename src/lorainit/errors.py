@@ -13,3 +13,7 @@ class UnsupportedLayerError(LoraInitError):
 
 class NonFiniteError(LoraInitError):
     """A NaN or an infinity in a weight, a statistic or a result; the message names the layer."""
+
+
+class EndpointError(LoraInitError):
+    """An endpoint that is down, refuses the key or does not know the model; what it had answered is kept."""

@@ -146,7 +146,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         args=arguments,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        data_collator=task.collator(tokenizer),
+        data_collator=(task.packed_collator if recipe.data.packing else task.collator)(tokenizer),
         compute_metrics=_metrics(task, items),
         callbacks=[_Clock(), *callbacks],
     )

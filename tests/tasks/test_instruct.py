@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import save_tiny_llama
 from lorainit.errors import LoraInitError
 from lorainit.tasks import DataOptions, get_task
 from lorainit.tasks.instruct import InstructionTask
+from lorainit.training import Recipe, train
 
 TASK = InstructionTask(name="toy", hub=("none", None), columns=("q", "a"), prompt="{q}:")
 
@@ -57,6 +63,106 @@ def test_batches_are_padded_on_the_right_and_the_padding_counts_nowhere():
 def test_prompts_without_replies_have_no_labels():
     rows = TASK.encode(Dataset.from_dict({"q": ["a", "bc"]}), Letters(), 99)
     assert TASK.collator(Letters())([rows[0], rows[1]]).keys() == {"input_ids", "attention_mask"}
+
+
+def test_alpaca_asks_with_the_input_where_there_is_one():
+    task = get_task("alpaca")
+    plain = task.ask({"instruction": "Add {x}.", "input": " ", "output": "y"})
+    assert plain.endswith("### Instruction:\nAdd {x}.\n\n### Response:")
+    assert plain == get_task("wizardlm").ask({"instruction": "Add {x}.", "output": "y"})
+    assert task.ask({"instruction": "Add.", "input": "1, 2", "output": "3"}).endswith(
+        "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:"
+    )
+
+
+def save(folder, rows):
+    Dataset.from_list(rows).to_parquet(str(folder / "train.parquet"))
+    return DataOptions(path=str(folder))
+
+
+def test_rows_are_held_out_from_the_end_and_refusals_left_out(tmp_path):
+    """WizardLM as in LoRA-GA's experiments: 52 000 of 70 000 rows train, replies that excuse themselves are dropped."""
+    rows = [{"instruction": f"do {i}", "output": "Sorry, no" if i % 3 == 0 else f"did {i}"} for i in range(21)]
+    rows[1]["output"] = "As an AI model"
+    options = save(tmp_path, rows)
+    task = get_task("wizardlm")
+    train, scored = task.load_data(options, seed=0)
+    kept = [row["instruction"] for row in rows[2:] if "Sorry" not in row["output"]]
+    assert [*train["instruction"], *scored["instruction"]] == kept
+    assert len(train) == 10  # 13 rows are left: round(13 * 52 / 70)
+    # a start that is calibrated on the training split does not see what is scored
+    assert task.load_rows(options, split="train")["instruction"] == train["instruction"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"instruction": "a", "reply": "b"}], r"split 'train' lacks the columns \['output'\]"),
+        ([{"instruction": "a", "output": "sorry"}], "0 usable rows are too few"),
+        ([{"instruction": "a", "output": "b"}], "1 usable rows are too few"),
+    ],
+)
+def test_instruction_data_without_what_it_takes(tmp_path, rows, message):
+    with pytest.raises(LoraInitError, match=message):
+        get_task("wizardlm").load_data(save(tmp_path, rows), seed=0)
+
+
+def test_alpaca_reads_real_rows(shared):
+    train, scored = get_task("alpaca").load_data(DataOptions(path=str(shared / "data/instruct/alpaca")), seed=0)
+    assert (len(train), len(scored)) == (4800, 200)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_rows_do_not_see_each_other(attention):
+    """The loss and its gradient in a LoRA adapter are those of the rows apart, weighted by their labelled tokens."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attn_implementation=attention,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(LlamaForCausalLM(config).double(), LoraConfig(r=2, init_lora_weights=False))
+    rows = [
+        {"input_ids": [1, 5, 6, 7], "labels": [-100, -100, 6, 7]},
+        {"input_ids": [1, 9, 8, 7, 6, 2], "labels": [-100, 9, 8, 7, 6, 2]},
+        {"input_ids": [3, 4], "labels": [3, 4]},
+    ]
+    counts = [2, 5, 1]  # the first label of a row has nothing before it
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+    apart = [model(**{k: torch.tensor([v]) for k, v in row.items()}).loss for row in rows]
+    expected = sum(loss * count for loss, count in zip(apart, counts, strict=True)) / sum(counts)
+    packed = model(**TASK.packed_collator(Letters())(rows)).loss
+    assert packed.item() == pytest.approx(expected.item(), rel=1e-12)
+    for found, wanted in zip(gradients(packed), gradients(expected), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_training_on_packed_rows_takes_the_steps_that_padded_ones_take(tmp_path):
+    """As long as every batch holds as many labels a row as the next, which makes the two losses one."""
+    base = save_tiny_llama(tmp_path / "base")
+    rows = [{"instruction": "x" * (i % 4 * 9), "input": "", "output": f"did {i:02}"} for i in range(32)]
+    options = save(tmp_path, rows)
+    results = []
+    for packing in (False, True):
+        data = dataclasses.replace(options, max_length=256, packing=packing)
+        steps = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "disable_tqdm": True}
+        results.append(train(Recipe(str(base), "alpaca", data=data, train=steps, output=str(tmp_path / f"{packing}"))))
+    assert results[1]["recipe"]["data"]["packing"] is True
+    losses = [[value for _, value in result["curves"]["loss"]] for result in results]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert results[1]["metrics"]["loss"] == pytest.approx(results[0]["metrics"]["loss"], rel=1e-3)
+
+
+def test_other_tasks_cannot_be_packed():
+    with pytest.raises(LoraInitError, match="task 'sst2': its rows cannot be packed"):
+        get_task("sst2").packed_collator(Letters())
 
 
 def test_gsm8k_reads_real_rows(shared):

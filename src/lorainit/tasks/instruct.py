@@ -9,8 +9,19 @@ from ..errors import LoraInitError
 from .task import Task
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
+
+# the format of Stanford Alpaca (Taori et al. 2023), which WizardLM's data are trained in too
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +30,15 @@ class InstructionTask(Task):
 
     Attributes:
         prompt: what stands before the reply, with the columns' names in braces.
+        prompt_with_input: the same for rows whose column ``input`` is not empty.
+        held_out: where the data set has no evaluation split, the share of its rows, from the end, that is scored.
+        unwanted: rows with one of these phrases in their reply, in whatever case, are left out.
     """
 
     prompt: str = "{prompt}"
+    prompt_with_input: str | None = None
+    held_out: float = 0.0
+    unwanted: tuple[str, ...] = ()
 
     task_type: ClassVar[str] = "CAUSAL_LM"
 
@@ -30,6 +47,12 @@ class InstructionTask(Task):
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+
+    def ask(self, row: dict[str, Any]) -> str:
+        """Return a row's prompt."""
+        if self.prompt_with_input is not None and (row.get("input") or "").strip():
+            return self.prompt_with_input.format(**row)
+        return self.prompt.format(**row)
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
         """Tokenize prompt, reply and end-of-text, cut to ``max_length``; rows of which no reply is left are dropped.
@@ -40,7 +63,7 @@ class InstructionTask(Task):
         reply = self.columns[-1]
 
         def tokenize(row: dict[str, Any]) -> dict[str, Any]:
-            prompt = tokenizer(self.prompt.format(**row)).input_ids
+            prompt = tokenizer(self.ask(row)).input_ids
             if reply not in row:
                 return {"input_ids": prompt[:max_length]}
             # without its begin token, which belongs to the prompt
@@ -75,6 +98,43 @@ class InstructionTask(Task):
 
         return pad
 
+    def packed_collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Put the rows of a batch into one row, without padding; no row sees another.
+
+        Each row's positions begin at 0. Without an attention mask and a cache, Transformers takes every return to 0 for
+        the beginning of a row of its own.
+        """
+        import torch
+
+        def pack(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+            batch: dict[str, list[int]] = {"input_ids": [], "position_ids": [], "labels": []}
+            for row in rows:
+                batch["input_ids"] += row["input_ids"]
+                batch["position_ids"] += range(len(row["input_ids"]))
+                # the token before it stands in another row: it must not be asked to predict this one
+                batch["labels"] += [-100, *row["labels"][1:]]
+            return {key: torch.tensor([value]) for key, value in batch.items()} | {"use_cache": False}
+
+        return pack
+
+    def _read(self, path: str | None, splits: tuple[str, ...]) -> DatasetDict:
+        """Return the splits, the evaluation split cut from the other one where the data set has none."""
+        if not self.held_out:
+            return super()._read(path, splits)
+        from datasets import DatasetDict
+
+        rows = super()._read(path, (self.train_split,))[self.train_split]
+        self._check(rows, f"split '{self.train_split}'", self.columns)
+        if self.unwanted:
+            reply = self.columns[-1]
+            rows = rows.filter(lambda row: not any(text in row[reply].lower() for text in self.unwanted))
+        kept = round(len(rows) * (1 - self.held_out))
+        if not 0 < kept < len(rows):
+            raise LoraInitError(f"task '{self.name}': {len(rows)} usable rows are too few to hold some out for scoring")
+        return DatasetDict(
+            {self.train_split: rows.select(range(kept)), self.eval_split: rows.select(range(kept, len(rows)))}
+        )
+
 
 TASKS = (
     InstructionTask(
@@ -83,5 +143,22 @@ TASKS = (
         columns=("question", "answer"),
         eval_split="test",
         prompt="Question: {question}\nAnswer:",
+    ),
+    InstructionTask(
+        name="alpaca",
+        hub=("tatsu-lab/alpaca", None),
+        columns=("instruction", "input", "output"),
+        prompt=ALPACA,
+        prompt_with_input=ALPACA_WITH_INPUT,
+        held_out=0.04,
+    ),
+    # 70 000 rows; the first 52 000 train and the next 18 000 are scored in LoRA-GA's and ABM-LoRA's experiments
+    InstructionTask(
+        name="wizardlm",
+        hub=("WizardLMTeam/WizardLM_evol_instruct_70k", None),
+        columns=("instruction", "output"),
+        prompt=ALPACA,
+        held_out=18 / 70,
+        unwanted=("sorry", "as an ai"),
     ),
 )

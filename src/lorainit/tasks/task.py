@@ -26,12 +26,14 @@ class DataOptions:
         train_samples: use this many training rows, drawn with the run's seed; default: all.
         eval_samples: use the first so many validation rows; default: all.
         max_length: tokens a row (or a block of text) holds at most.
+        packing: train on a batch's rows side by side in one row, without padding (instruction tasks).
     """
 
     path: str | None = None
     train_samples: int | None = None
     eval_samples: int | None = None
     max_length: int = 128
+    packing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,14 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Return the function that makes a batch of encoded rows."""
+
+    def packed_collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Return the function that makes one row of a batch of encoded rows.
+
+        Raises:
+            LoraInitError: this task's rows cannot be packed.
+        """
+        raise LoraInitError(f"task '{self.name}': its rows cannot be packed; set data.packing to false")
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Score raw model outputs against labels; empty where the loss is the metric."""

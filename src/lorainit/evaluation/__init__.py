@@ -1,0 +1,1 @@
+"""Benchmarks for models that write: MT-Bench, AlpacaEval, GSM8K."""

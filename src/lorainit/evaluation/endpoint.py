@@ -1,0 +1,195 @@
+"""A judge behind an OpenAI-compatible endpoint: paced requests with retries, and replies that are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..errors import EndpointError, LoraInitError
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Which model judges, where it is served, and how hard it may be worked.
+
+    The key is read from the environment and written nowhere.
+
+    Attributes:
+        model: name by which the endpoint knows the judge.
+        base_url: address up to and including ``/v1``; default: ``OPENAI_BASE_URL``, else OpenAI's own.
+        key_variable: environment variable with the key; a server of your own may need none.
+        requests_per_minute: most requests sent in a minute, repeated ones counted; default: no limit.
+        concurrency: requests under way at a time.
+        retries: how often a request is repeated when the endpoint is busy, fails or is out of reach.
+        timeout: seconds to wait for a reply.
+        input_price: price of a million prompt tokens, to tell the cost.
+        output_price: price of a million reply tokens.
+    """
+
+    model: str
+    base_url: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+    requests_per_minute: float | None = None
+    concurrency: int = 4
+    retries: int = 6
+    timeout: float = 120.0
+    input_price: float | None = None
+    output_price: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
+            raise LoraInitError(
+                "judge: concurrency must be ≥ 1, retries ≥ 0 and timeout > 0, got "
+                f"{self.concurrency}, {self.retries} and {self.timeout}"
+            )
+        if self.requests_per_minute is not None and self.requests_per_minute <= 0:
+            raise LoraInitError(f"judge: requests_per_minute must be > 0, got {self.requests_per_minute}")
+        if (self.input_price is None) != (self.output_price is None):
+            raise LoraInitError("judge: give input_price and output_price, or neither")
+        address = urlsplit(self.base_url or "")
+        if address.username or address.password or address.query:
+            raise LoraInitError(
+                f"judge: base_url must hold no credentials: results tell it; the key goes in {self.key_variable}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What came back.
+
+    Attributes:
+        text: the reply; None where there is none, and then ``problem`` tells why.
+        choices: the first token's most likely alternatives with their log-probabilities, where asked for and given.
+        prompt_tokens: as counted by the endpoint; 0 where it does not count.
+        completion_tokens: the same.
+        problem: why there is no reply.
+    """
+
+    text: str | None
+    choices: tuple[tuple[str, float], ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    problem: str | None = None
+
+
+class Endpoint:
+    """A connection to a judge, for many threads.
+
+    Raises:
+        LoraInitError: the ``openai`` package is missing, or there is no key where one is needed.
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        try:
+            import openai
+        except ModuleNotFoundError as error:
+            raise LoraInitError("judging needs the openai package: pip install lorainit[evaluation]") from error
+        self.judge = judge
+        self.address = judge.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        self._key = os.environ.get(judge.key_variable)
+        if not self._key and urlsplit(self.address).hostname == "api.openai.com":
+            raise LoraInitError(f"judge: the environment variable {judge.key_variable} holds no key")
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._next = 0.0
+        self._openai = openai
+        self._client = openai.OpenAI(
+            base_url=self.address,
+            api_key=self._key or "none",
+            max_retries=judge.retries,
+            timeout=judge.timeout,
+            # a hook, because the client's own repetitions are requests too
+            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._wait]}),
+        )
+
+    def stop(self) -> None:
+        """Send nothing more; requests under way still come back."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def ask(self, messages: list[dict[str, str]], parameters: dict[str, Any]) -> Reply:
+        """Send one request and return the reply, checked.
+
+        A request that the endpoint refuses, or answers with something else than a chat completion, gives a `Reply`
+        with a ``problem``: others may still succeed.
+
+        Raises:
+            EndpointError: nothing can be expected from this endpoint: it is out of reach, busy or failing through all
+                retries, or it refuses the key or the model.
+        """
+        openai = self._openai
+        try:
+            found = self._client.chat.completions.create(model=self.judge.model, messages=messages, **parameters)  # pyright: ignore
+        except openai.APIStatusError as error:
+            if error.status_code in _THIS_REQUEST:
+                return Reply(None, problem=self._line(f"refused with status {error.status_code}: {error.message}"))
+            what = {401: f"the key in {self.judge.key_variable}", 403: "the key", 404: "the model or the address"}.get(
+                error.status_code, f"service, after {1 + self.judge.retries} attempts,"
+            )
+            message = f"{self.address} refuses {what} for judge '{self.judge.model}': status {error.status_code}: "
+            raise EndpointError(self._line(message + error.message)) from error
+        except openai.APIConnectionError as error:
+            message = f"{self.address} gives no reply in {1 + self.judge.retries} attempts: "
+            raise EndpointError(self._line(message + str(error.__cause__ or error))) from error
+        except (openai.APIError, ValueError) as error:
+            return Reply(None, problem=self._line(f"no chat completion came back: {error}"))
+        return self._checked(found, bool(parameters.get("logprobs")))
+
+    def _wait(self, _request: Any) -> None:
+        """Let requests start evenly spaced."""
+        if self._stopped.is_set():
+            raise _Stopped
+        if self.judge.requests_per_minute is None:
+            return
+        with self._lock:
+            start = max(self._next, time.monotonic())
+            self._next = start + 60 / self.judge.requests_per_minute
+        if self._stopped.wait(max(0.0, start - time.monotonic())):
+            raise _Stopped
+
+    def _checked(self, found: Any, with_choices: bool) -> Reply:
+        """Return the parts of a chat completion that count, if they are there and of the right kind."""
+        choices = getattr(found, "choices", None)
+        if not isinstance(choices, list) or not choices:
+            return Reply(None, problem=self._line(f"no chat completion came back: {str(found)[:100]!r}"))
+        message = getattr(choices[0], "message", None)
+        text = getattr(message, "content", None)
+        if not isinstance(text, str):
+            reason = getattr(message, "refusal", None) or getattr(choices[0], "finish_reason", None)
+            return Reply(None, problem=self._line(f"the reply has no text: {reason}"))
+        usage = getattr(found, "usage", None)
+        tokens = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        prompt, completion = (count if isinstance(count, int) and count >= 0 else 0 for count in tokens)
+        return Reply(self._hide(text), _alternatives(choices[0]) if with_choices else (), prompt, completion)
+
+    def _hide(self, text: str) -> str:
+        """Return a text without the key: a server may echo it."""
+        return text.replace(self._key, "[key]") if self._key else text
+
+    def _line(self, text: str) -> str:
+        """Return a message in one line of bearable length."""
+        text = " ".join(self._hide(text).split())
+        return text if len(text) <= 300 else text[:297] + "..."
+
+
+# bad, conflicting, too large, unprocessable: the next request may well be answered
+_THIS_REQUEST = (400, 409, 413, 422)
+
+
+class _Stopped(BaseException):
+    """No more requests are wanted; not an `Exception`, because the client repeats requests after those."""
+
+
+def _alternatives(choice: Any) -> tuple[tuple[str, float], ...]:
+    """Return the first token's alternatives; empty where the endpoint gives none, or something else."""
+    tokens = getattr(getattr(choice, "logprobs", None), "content", None)
+    found = getattr(tokens[0], "top_logprobs", None) if isinstance(tokens, list) and tokens else None
+    pairs = [(getattr(t, "token", None), getattr(t, "logprob", None)) for t in found or ()]
+    return tuple((token, float(x)) for token, x in pairs if isinstance(token, str) and isinstance(x, int | float))
