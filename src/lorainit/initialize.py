@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
@@ -17,7 +19,6 @@ from tqdm.auto import tqdm
 from . import checkpoint, rescale
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
 from .calibration import (
-    Known,
     collected_sums,
     layer_groups,
     own_precision,
@@ -33,9 +34,12 @@ from .linalg import product_norm
 from .methods import Factors, Method, get_method
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
+from .processes import Group, Processes, unwrapped
 from .ranks import RankRule, Rule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
+from .solving import Done, Known, each_layer
+from .statistics.batches import iterate
 
 
 def initialize(
@@ -55,6 +59,7 @@ def initialize(
     proxy_data: Iterable[Any] | None = None,
     on_unsupported: Literal["error", "default"] = "error",
     match_lr: bool = False,
+    process_group: Group | Literal["default"] | None = "default",
     progress: bool = True,
 ) -> InitReport:
     """Give the LoRA adapters of a model better starting values, in place.
@@ -93,6 +98,12 @@ def initialize(
         match_lr: express the start at another scale (A/ρ, B/ρ, ρ²s: the same function and subspaces), so that the
             learning rate that suits vanilla LoRA suits it: at any rate of Adam or AdamW its first update is as large
             as vanilla's (or smaller, if it was). ρ stands in the report; the limits in `lorainit.rescale`.
+        process_group: the processes that start this model together. Where `torch.distributed` runs with more than one
+            process, this function is a **collective call** by default: every process of the default group must make
+            it, alike, each with its own shard of ``data`` (an empty one is allowed). The sums over all shards decide,
+            the layers' starts are computed in different processes and are then the same in all of them; an error in
+            one is an error in all. ``samples`` of a method are shared out, ``max_batches`` and ``memory_budget`` hold
+            for each process. None: this process on its own (as in ``if rank == 0``); or another group.
         progress: show a progress bar.
 
     Returns:
@@ -111,7 +122,50 @@ def initialize(
         >>> f"{report.layers[0].relative_size:.3f}"   # √(ln 4 / ln 64) · alpha / r
         '1.155'
     """
-    method = get_method(method)
+    processes = Processes(process_group)
+    with processes.failing_together():
+        return _initialize(
+            unwrapped(model),
+            get_method(method),
+            data=data,
+            adapter_name=adapter_name,
+            seed=seed,
+            base=base,
+            max_batches=max_batches,
+            memory_budget=memory_budget,
+            ranks=ranks,
+            micro_batch=micro_batch,
+            offload=offload,
+            cache=cache,
+            proxy_data=proxy_data,
+            on_unsupported=on_unsupported,
+            match_lr=match_lr,
+            processes=processes,
+            progress=progress,
+        )
+
+
+def _initialize(
+    model: nn.Module,
+    method: Method,
+    *,
+    data: Iterable[Any] | None,
+    adapter_name: str,
+    seed: int,
+    base: Literal["auto", "offset", "keep", "subtract"],
+    max_batches: int | None,
+    memory_budget: int | str | None,
+    ranks: Rule | RankRule,
+    micro_batch: int | None,
+    offload: bool,
+    cache: str | os.PathLike[str] | None,
+    proxy_data: Iterable[Any] | None,
+    on_unsupported: Literal["error", "default"],
+    match_lr: bool,
+    processes: Processes,
+    progress: bool,
+) -> InitReport:
+    """Do what `initialize` does, in one of the processes that do it."""
     _check_choice("base", base, ("auto", *get_args(Base)))
     _check_choice("on_unsupported", on_unsupported, ("error", "default"))
     rule = rank_rule(ranks, method)
@@ -120,12 +174,19 @@ def initialize(
     _check_startable(model, adapter_name, sites, unsupported, method, on_unsupported)
     if treatment == "subtract":
         check_can_subtract(model, sites)
+    _check_processes(model, sites, method, processes)
+    processes.agree(
+        method=(method.info.name, _options(method)),
+        arguments={"seed": seed, "base": treatment, "ranks": dataclasses.asdict(rule), "match_lr": match_lr},
+        grouping={"memory_budget": parse_bytes(memory_budget), "cache": cache is None, "proxy": proxy_data is None},
+        layers=[(s.name, s.kind, s.out_features, s.in_features, s.rank, s.scaling) for s in sites],
+    )
 
     layers = lora_layers(model, adapter_name)
     with all_or_nothing() as undo:
         scalings = rescale.begin(model, adapter_name, undo, needed=match_lr)
         with measure() as cost:
-            saved: dict[str, Any] = {}
+            saved: dict[str, Any] = {"processes": processes.size} if processes.size > 1 else {}
             batches = usable_batches(method, data, max_batches, cached=cache is not None)
             rows: dict[str, LayerReport] = {}
             collecting = functools.partial(
@@ -140,21 +201,31 @@ def initialize(
                 offload=offload,
                 cache=cache,
                 saved=saved,
+                processes=processes,
                 progress=progress,
             )
             groups = collecting(sites)
             if rule.rule != "fixed":
                 bare = {site.name: _without_rank(site) for site in sites}
-                kept, groups = share_out(model, sites, method, rule, seed, collecting, undo, skip=on_unsupported)
+                kept, groups = share_out(
+                    model, sites, method, rule, seed, collecting, undo, processes, skip=on_unsupported
+                )
                 names = {site.name for site in kept}
                 rows = {name: row for name, row in bare.items() if name not in names}
-            start = functools.partial(_start_layer, method=method, seed=seed, base=treatment, undo=undo)
+            solve = functools.partial(_solve, method=method, seed=seed)
+            zero = method.info.product == "zero"
+            write = functools.partial(_write, base=treatment, undo=undo, zero=zero, skip=on_unsupported)
             with tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False) as bar:
                 for group, statistics in groups:
-                    found, refused = _start_group(group, statistics, start, skip=on_unsupported, bar=bar)
-                    rows, unsupported = rows | found, unsupported | refused
+                    for done in each_layer(group, statistics, solve, processes, skip=on_unsupported):
+                        written = write(done)
+                        if isinstance(written, LayerReport):
+                            rows[done.site.name] = written
+                        else:
+                            unsupported[done.site.name] = written
+                        bar.update()
             started = [site for site in sites if site.name in rows]
-            fit = _fit(model, started, method, batches, seed, progress)
+            fit = _fit(model, started, method, batches, seed, processes, progress)
             for site in started:
                 row = _move(site, rows[site.name], fit.starts.get(site.name))
                 rows[site.name] = _match(site, row, undo) if match_lr else row
@@ -187,6 +258,25 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise LoraInitError(f"{name}={value!r} is not one of {list(choices)}")
 
 
+def _check_processes(model: nn.Module, sites: list[LoraSite], method: Method, processes: Processes) -> None:
+    """Raise unless a sharded model is started by the processes that hold it, in a way that reads only weights."""
+    sharded = [site for site in sites if site.is_sharded]
+    if not sharded:
+        return
+    weight = sharded[0].base_layer.get_parameter("weight")
+    holders = weight.device_mesh.size()  # pyright: ignore[reportAttributeAccessIssue]
+    if holders != processes.size:
+        raise LoraInitError(
+            f"layer '{sharded[0].name}': its weight is sharded over {holders} processes, but {processes.size} are to "
+            "start the model; all that hold it must call initialize, with their process_group"
+        )
+    if method.info.needs:
+        raise LoraInitError(
+            f"{method.info.name} needs data, and layer '{sharded[0].name}' is sharded by FSDP2: only starts from the "
+            "weights are supported there; start the adapter before fully_shard is applied"
+        )
+
+
 def _check_startable(
     model: nn.Module,
     adapter_name: str,
@@ -217,57 +307,91 @@ def _check_startable(
 
 
 def _fit(
-    model: nn.Module, sites: list[LoraSite], method: Method, batches: Iterable[Any] | None, seed: int, progress: bool
+    model: nn.Module,
+    sites: list[LoraSite],
+    method: Method,
+    batches: Iterable[Any] | None,
+    seed: int,
+    processes: Processes,
+    progress: bool,
 ) -> Fit:
-    """Return what the method's short training came to; nothing for a method without one."""
+    """Return what the method's short training came to; nothing for a method without one.
+
+    Several processes put their data together and all do the same training, as one process would: it is too short to be
+    worth the traffic of its gradients. What the first one finds is taken, whatever the rounding of the others.
+    """
     if not (isinstance(method, TrainedMethod) and sites):
         return Fit({}, {})
-    return method.fit(model, sites, () if batches is None else batches, seed=seed, progress=progress)
+    fit = method.fit(model, sites, _together(method, batches, processes), seed=seed, progress=progress)
+    if processes.size == 1:
+        return fit
+    first = {name: (None, factors) for name, factors in fit.starts.items()} if processes.rank == 0 else {}
+    return fit._replace(starts={name: Factors(*tensors) for name, (_, tensors) in processes.pool(first).items()})
 
 
-def _start_group(
-    group: list[LoraSite],
-    statistics: dict[str, Known],
-    start: Callable[..., LayerReport],
-    *,
-    skip: str,
-    bar: tqdm,
-) -> tuple[dict[str, LayerReport], dict[str, str]]:
-    """Start some layers, each dropping its statistics; return their rows, and why others could not be started."""
-    rows: dict[str, LayerReport] = {}
-    refused: dict[str, str] = {}
-    for site in group:
-        try:
-            rows[site.name] = start(site, known=statistics.pop(site.name, ()))
-        except UnsupportedLayerError as error:
-            if skip == "error":
-                raise
-            refused[site.name] = str(error)
-        bar.update()
-    return rows, refused
+def _together(method: TrainedMethod, batches: Iterable[Any] | None, processes: Processes) -> Iterable[Any]:
+    """Return the batches that the training takes, of all processes by turns."""
+    if processes.size == 1:
+        return () if batches is None else batches
+    most, rows = (processes.share(limit) for limit in method.reads)
+    own = list(iterate(() if batches is None else batches, most, rows, torch.device("cpu"), may_be_empty=True))
+    turns = itertools.zip_longest(*processes.exchange(own))
+    return [batch for turn in turns for batch in turn if batch is not None]
 
 
-def _start_layer(site: LoraSite, *, method: Method, seed: int, base: Base, undo: Undo, known: Known) -> LayerReport:
-    """Compute the start of one layer and write it."""
+class _Solved(NamedTuple):
+    """What is told about the start of a layer, beside its factors."""
+
+    weight_norm: float
+    seconds: float
+    remarks: tuple[str, ...]
+
+
+def _solve(site: LoraSite, known: Known, *, method: Method, seed: int) -> tuple[_Solved, Factors]:
+    """Compute the start of one layer."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
-    with own_precision(site.device):
-        with warnings.catch_warnings(record=True) as remarks:  # they belong in this layer's row
-            warnings.simplefilter("always")
-            start = start_layer(method, site, layer_generator(seed, site.name), *known)
-        held = write_start(site, start, base, undo)
-        size = site.scaling * product_norm(*site.factors())
+    with own_precision(site.device), warnings.catch_warnings(record=True) as remarks:  # they belong in the layer's row
+        warnings.simplefilter("always")
+        start = start_layer(method, site, layer_generator(seed, site.name), *known)
+    return _Solved(weight_norm, time.perf_counter() - begin, tuple(str(r.message) for r in remarks)), start
+
+
+def _write(done: Done, *, base: Base, undo: Undo, zero: bool, skip: str) -> LayerReport | str:
+    """Write the start of one layer; return its row, or why it could not be started (an error unless ``skip`` says so).
+
+    Args:
+        done: what `_solve` came to.
+        base: what to do about BA.
+        undo: remembers what was there.
+        zero: BA is zero by the method's design.
+        skip: ``"error"`` or ``"default"``.
+    """
+    if done.refused is not None:
+        return done.refused
+    begin = time.perf_counter()
+    site, solved = done.site, done.about
+    try:
+        with own_precision(site.device):
+            held = write_start(site, Factors(*done.tensors), base, undo)
+            size = site.scaling * product_norm(*site.factors())
+    except UnsupportedLayerError as error:
+        if skip == "error":
+            raise
+        return str(error)
+    row_base = base if held else "none" if size == 0 or zero else "keep"
+    norm = solved.weight_norm
     return LayerReport(
         name=site.name,
         kind=site.kind,
         shape=(site.out_features, site.in_features),
         rank=site.rank,
         scaling=site.scaling,
-        base=base if held else "none" if size == 0 or method.info.product == "zero" else "keep",
-        relative_size=size / weight_norm if weight_norm > 0 else None,
-        seconds=time.perf_counter() - begin,
+        base=row_base,
+        relative_size=size / norm if norm > 0 else None,
+        seconds=solved.seconds + time.perf_counter() - begin,
         extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
-        warnings=(*(str(r.message) for r in remarks), *_layer_warnings(site, size, weight_norm, base)),
+        warnings=(*solved.remarks, *_layer_warnings(site, size, norm, base)),
     )
 
 

@@ -83,6 +83,11 @@ class ABMLoRA(Options, TrainedMethod):
         origin = self.origin_method
         return "preserve" if origin is not None and origin.product == "preserve" else "step"
 
+    @property
+    def reads(self) -> tuple[int | None, int | None]:
+        """Rows of which the training makes batches of its own."""
+        return None, self.samples
+
     def start(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics | None = None) -> Factors:
         """Return the origin's start of the layer."""
         if self.origin_method is not None:

@@ -131,6 +131,11 @@ class TrainedMethod(Method):
     decided there: an offset start freezes *that* point's B₀A₀, so that all the training adds takes effect.
     """
 
+    @property
+    def reads(self) -> tuple[int | None, int | None]:
+        """The most batches, and the most rows, that the training takes of the data; None: no limit."""
+        return None, None
+
     @abc.abstractmethod
     def fit(
         self, model: nn.Module, sites: Sequence[LoraSite], data: Iterable[Any], *, seed: int, progress: bool

@@ -11,10 +11,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import LoraInitError
+from ..processes import ALONE, Processes
 from ..sites import LoraSite
 from .batches import LossFunction, iterate, summed_loss
 from .layer import LayerStatistics
 from .request import Request, Sketch
+from .shards import add_up
 from .watch import Watch
 
 __all__ = ["Request", "Sketch", "collect", "collect_groups"]
@@ -31,6 +33,7 @@ def collect(
     micro_batch: int | None = None,
     offload: bool = False,
     loss_function: LossFunction | None = None,
+    processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
     """Run the base model (adapters off, eval mode) over the data and return the sums of every site by name.
@@ -48,6 +51,8 @@ def collect(
         micro_batch: rows that run at a time: less memory for activations, the same sums.
         offload: keep the sums in CPU memory while the model runs on an accelerator.
         loss_function: (model, batch) -> (summed loss, number of terms); default `summed_loss`.
+        processes: those whose data are shards of one whole: the sums are over all of them, the same in each. One that
+            has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all.
         progress: show a progress bar.
 
     Raises:
@@ -58,6 +63,7 @@ def collect(
     found: dict[str, LayerStatistics] = {}
     options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget}
     options |= {"micro_batch": micro_batch, "offload": offload, "loss_function": loss_function, "progress": progress}
+    options |= {"processes": processes}
     for _, statistics in collect_groups(model, sites, data, request, **options):
         found |= statistics
     return found
@@ -74,6 +80,7 @@ def collect_groups(
     micro_batch: int | None = None,
     offload: bool = False,
     loss_function: LossFunction | None = None,
+    processes: Processes = ALONE,
     progress: bool = True,
 ) -> Iterator[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
     """Yield the groups of sites that fit the budget, each with its sums, as `collect` does.
@@ -89,10 +96,12 @@ def collect_groups(
     for group in groups:
         with base_only(model), Watch(model, group, request, store=store) as watch:
             bar = tqdm(desc="calibration", unit="batch", disable=not progress, leave=False)
-            for batch in iterate(batches, max_batches, request.samples, next(model.parameters()).device):
+            device, samples = next(model.parameters()).device, processes.share(request.samples)
+            for batch in iterate(batches, max_batches, samples, device, may_be_empty=processes.size > 1):
                 watch.run(batch, loss_function or summed_loss, micro_batch)
                 bar.update()
             bar.close()
+        add_up(watch.statistics, processes, {site.name: store or site.device for site in group})
         found = watch.finish()
         yield group, found
         del found, watch

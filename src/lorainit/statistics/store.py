@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from .._typing import Tensor
 from ..errors import LoraInitError
+from ..processes import ALONE, Processes
 from ..sites import LoraSite
 from .collect import collect
 from .fingerprints import data_fingerprint, model_fingerprint, tensor_fingerprint
@@ -107,6 +108,7 @@ def collect_cached(
     cache: str | Path,
     *,
     max_batches: int | None = None,
+    processes: Processes = ALONE,
     **options: Any,
 ) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
     """Return the sums from a cache, or collect and save them; and where they come from, for the report.
@@ -119,6 +121,7 @@ def collect_cached(
         request: what is needed.
         cache: a folder, in which the file is found by fingerprints; or one file (``.safetensors``).
         max_batches: see `collect`.
+        processes: see `collect`. The first of them writes the file; it is used where all of them can read it.
         options: of `collect`.
 
     Raises:
@@ -128,14 +131,16 @@ def collect_cached(
     is_file = cache.suffix == ".safetensors"
     if data is None and not is_file:
         raise LoraInitError(f"without data, cache must name the statistics' file itself, got the folder '{cache}'")
-    known = None if data is None else data_fingerprint(data, max_batches, request.samples)
+    known = None if data is None else data_fingerprint(data, max_batches, request.samples, processes)
     origin = Origin(model_fingerprint(model), known)
     path = cache if is_file else cache / f"{origin.model[:16]}-{(known or '')[:16]}-{_key(request, sites)}.safetensors"
-    if not path.exists() and data is not None:
-        if not is_file and (other := _covering(cache, sites, request, origin)):
+    if data is not None and not all(processes.exchange(path.exists())):
+        other = None if is_file else _covering(cache, sites, request, origin)
+        if all(processes.exchange(other is not None)) and other is not None:
             return other
-        found = collect(model, sites, data, request, max_batches=max_batches, **options)
-        save(path, found, request, origin)
+        found = collect(model, sites, data, request, max_batches=max_batches, processes=processes, **options)
+        if processes.rank == 0:
+            save(path, found, request, origin)
         return found, {"file": str(path), "collected": True, "data": known}
     return load(path, sites, request, origin), {"file": str(path), "collected": False, "data": known}
 
