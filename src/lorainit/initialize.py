@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import time
 import warnings
@@ -175,11 +176,20 @@ def _initialize(
     if treatment == "subtract":
         check_can_subtract(model, sites)
     _check_processes(model, sites, method, processes)
-    processes.agree(
-        method=(method.info.name, _options(method)),
-        arguments={"seed": seed, "base": treatment, "ranks": dataclasses.asdict(rule), "match_lr": match_lr},
-        grouping={"memory_budget": parse_bytes(memory_budget), "cache": cache is None, "proxy": proxy_data is None},
-        layers=[(s.name, s.kind, s.out_features, s.in_features, s.rank, s.scaling) for s in sites],
+    _check_agreement(
+        sites,
+        processes,
+        {
+            "method": method.info.name,
+            **{f"the option {name}": value for name, value in _options(method).items()},
+            "seed": seed,
+            "base": treatment,
+            "ranks": dataclasses.asdict(rule),
+            "match_lr": match_lr,
+            "memory_budget": parse_bytes(memory_budget),
+            "cache (or none)": cache is not None,
+            "proxy_data (or none)": proxy_data is not None,
+        },
     )
 
     layers = lora_layers(model, adapter_name)
@@ -275,6 +285,27 @@ def _check_processes(model: nn.Module, sites: list[LoraSite], method: Method, pr
             f"{method.info.name} needs data, and layer '{sharded[0].name}' is sharded by FSDP2: only starts from the "
             "weights are supported there; start the adapter before fully_shard is applied"
         )
+
+
+def _check_agreement(sites: list[LoraSite], processes: Processes, arguments: dict[str, Any]) -> None:
+    """Raise unless all processes start the same layers of the same base in the same way."""
+    if processes.size == 1:
+        return
+    shapes = {
+        f"layer '{s.name}' (kind, out, in, rank, scaling)": (s.kind, s.out_features, s.in_features, s.rank, s.scaling)
+        for s in sites
+    }
+    processes.agree(arguments | shapes)
+    # norms, not digests: a weight that is dequantized on another device differs in its last bits
+    mine = {site.name: site.weight_norm for site in sites if not site.is_sharded}
+    first, *others = processes.exchange(mine)
+    for rank, norms in enumerate(others, start=1):
+        if differing := [name for name in first if not math.isclose(first[name], norms[name], rel_tol=1e-4)]:
+            name = differing[0]
+            raise LoraInitError(
+                f"layer '{name}': the base weight differs between the processes (its norm is {first[name]:.6g} in "
+                f"process 0, {norms[name]:.6g} in process {rank}); load the same model in all of them"
+            )
 
 
 def _check_startable(

@@ -85,15 +85,18 @@ class Processes:
                     self._meet(_Failure(type(error).__name__, str(error)), None)
             raise
 
-    def agree(self, **values: Any) -> None:
+    def agree(self, values: Mapping[str, Any]) -> None:
         """Raise unless every process has got the same values; the message names the first that differs."""
-        for rank, theirs in enumerate(self.exchange(values)):
-            if differing := [name for name, value in values.items() if theirs[name] != value]:
+        first, *others = self.exchange(values)
+        for rank, theirs in enumerate(others, start=1):
+            if differing := [name for name in first if theirs.get(name) != first[name]]:
                 name = differing[0]
                 raise LoraInitError(
-                    f"the processes differ in {name}: process {rank} has {theirs[name]}, process {self.rank} "
-                    f"{values[name]}; all of them must call initialize alike"
+                    f"the processes differ in {name}: process 0 has {first[name]!r}, process {rank} "
+                    f"{theirs.get(name)!r}; all of them must call initialize alike"
                 )
+            if extra := [name for name in theirs if name not in first]:
+                raise LoraInitError(f"the processes differ: process {rank} has {extra[0]}, process 0 has not")
 
     def add_up(self, sums: Iterable[Tensor]) -> None:
         """Replace every tensor by its sum over the processes, in its own dtype, small ones together."""

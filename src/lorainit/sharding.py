@@ -15,6 +15,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return what of a tensor lies in this process."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor; where it is sharded every process must ask for it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]

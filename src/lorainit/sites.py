@@ -212,7 +212,7 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return sharding.local(tensor).untyped_storage().data_ptr()
 
 
 def _embedding_storages(layers: list[tuple[str, LoraLayer]], adapter: str) -> set[int]:
