@@ -36,7 +36,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "eva": ("eva", {}),
     "eva-budget": ("eva", {"ranks": "budget"}),
     "corda": ("corda", {}),
-    "corda-groups": ("corda", {"memory_budget": 5000}),
+    "corda-groups": ("corda", {"memory_budget": 14000}),
     "cntlora": ("cntlora", {}),
     "cntlora-pairs": (PAIRED, {"proxy_data": True}),
     "ag-lora": ("ag-lora", {}),

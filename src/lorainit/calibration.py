@@ -76,6 +76,7 @@ def layer_groups(
     *,
     cache: str | os.PathLike[str] | None,
     saved: dict[str, Any],
+    remarks: list[str],
     **options: Any,
 ) -> Iterator[tuple[list[LoraSite], dict[str, Known]]]:
     """Yield the sites, in groups whose statistics fit the budget, and what the method needs to know about each.
@@ -89,6 +90,7 @@ def layer_groups(
         sites: the layers.
         cache: folder of saved statistics.
         saved: takes what is to be told about them, as ``"statistics"``.
+        remarks: takes what the user should know about the collection.
         options: of `lorainit.statistics.collect_groups`.
 
     Raises:
@@ -100,7 +102,8 @@ def layer_groups(
         return
     own = {name: options[name] for name in ("processes", "progress")}
     if cache is None:
-        groups = collect_groups(model, sites, () if batches is None else batches, request, **options)
+        more = {"workspace": method.workspace, "remarks": remarks}
+        groups = collect_groups(model, sites, () if batches is None else batches, request, **options, **more)
     elif options["memory_budget"] is not None:
         raise LoraInitError("cache keeps the statistics of all layers together: it does not go with memory_budget")
     else:

@@ -197,6 +197,7 @@ def _initialize(
         scalings = rescale.begin(model, adapter_name, undo, needed=match_lr)
         with measure() as cost:
             saved: dict[str, Any] = {"processes": processes.size} if processes.size > 1 else {}
+            remarks: list[str] = []
             batches = usable_batches(method, data, max_batches, cached=cache is not None)
             rows: dict[str, LayerReport] = {}
             collecting = functools.partial(
@@ -211,6 +212,7 @@ def _initialize(
                 offload=offload,
                 cache=cache,
                 saved=saved,
+                remarks=remarks,
                 processes=processes,
                 progress=progress,
             )
@@ -253,7 +255,7 @@ def _initialize(
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
             ranks=dataclasses.asdict(rule),
-            warnings=fit.warnings,
+            warnings=(*remarks, *fit.warnings),
             details=fit.details | saved,
         )
         rescale.finish(model, adapter_name, scalings, undo)
@@ -269,7 +271,12 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_processes(model: nn.Module, sites: list[LoraSite], method: Method, processes: Processes) -> None:
-    """Raise unless a sharded model is started by the processes that hold it, in a way that reads only weights."""
+    """Raise unless the processes can do what the method asks, and hold all of a sharded model."""
+    if processes.size > 1 and method.request is not None and "odd_weight_gradient" in method.request.streams:
+        raise LoraInitError(
+            f"{method.info.name} with these options compares halves of the data, every second row each, which "
+            f"the shards of {processes.size} processes do not have: use one process, or no cross_fit and damping='auto'"
+        )
     sharded = [site for site in sites if site.is_sharded]
     if not sharded:
         return
@@ -422,7 +429,7 @@ def _write(done: Done, *, base: Base, undo: Undo, zero: bool, skip: str) -> Laye
         relative_size=size / norm if norm > 0 else None,
         seconds=solved.seconds + time.perf_counter() - begin,
         extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
-        warnings=(*solved.remarks, *_layer_warnings(site, size, norm, base)),
+        warnings=(*done.remarks, *solved.remarks, *_layer_warnings(site, size, norm, base)),
     )
 
 

@@ -134,6 +134,24 @@ class LoraSite:
         return a.flatten(1), b.flatten(1)
 
 
+class _OnCpu(LoraSite):
+    """A site that is computed in CPU memory, wherever its layer is."""
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def stored_weight(self) -> Float[Tensor, "out in"]:
+        """Return the base weight as out×in, copied to the CPU if it is not there."""
+        return super().stored_weight().cpu()
+
+
+def on_cpu(site: LoraSite) -> LoraSite:
+    """Return a site that methods work on in CPU memory."""
+    return _OnCpu(**{field.name: getattr(site, field.name) for field in dataclasses.fields(site)})
+
+
 def trained_shape(module: nn.Module) -> tuple[int, int]:
     """Return the shape of a factor's trained parameter, kernel positions counted as inputs."""
     shape = offset.trained_factor(module).shape

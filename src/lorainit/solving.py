@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .errors import UnsupportedLayerError
+from . import memory
+from .errors import LoraInitError, UnsupportedLayerError
 from .processes import Processes, shared_out
-from .sites import LoraSite
+from .sites import LoraSite, on_cpu
 from .statistics import LayerStatistics
 
 Known = tuple[LayerStatistics, ...]  # of the data, and of the data to compare them with if there are any
@@ -25,12 +26,14 @@ class Done(NamedTuple):
         about: what the work says beside tensors; None where it was refused.
         tensors: what it has computed.
         refused: why the method cannot start the layer; None where it can.
+        remarks: what the user should know.
     """
 
     site: LoraSite
     about: Any
     tensors: Sequence[Tensor]
     refused: str | None
+    remarks: tuple[str, ...] = ()
 
 
 def each_layer(
@@ -72,10 +75,12 @@ def each_layer(
             named[name].drop_whole()
         if any(site.is_sharded for site in sites):  # else nobody waits for anybody before the end
             processes.exchange(None)
-    pooled = processes.pool({name: ((done.about, done.refused), done.tensors) for name, done in found.items()})
+    pooled = processes.pool(
+        {name: ((done.about, done.refused, done.remarks), done.tensors) for name, done in found.items()}
+    )
     for site in sites:
-        (about, refused), tensors = pooled[site.name]
-        yield Done(site, about, [tensor.to(site.device) for tensor in tensors], refused)
+        (about, refused, remarks), tensors = pooled[site.name]
+        yield Done(site, about, [tensor.to(site.device) for tensor in tensors], refused, remarks)
 
 
 def _shares(sites: Sequence[LoraSite], known: dict[str, Known], size: int) -> list[list[str]]:
@@ -96,10 +101,34 @@ def _shares(sites: Sequence[LoraSite], known: dict[str, Known], size: int) -> li
 
 
 def _work_on(site: LoraSite, known: Known, work: Work, skip: str) -> Done:
+    """Do the work on a layer: once more, on the CPU, where memory does not suffice for it."""
+    remarks: tuple[str, ...] = ()
     try:
-        about, tensors = work(site, known)
-        return Done(site, about, tensors, None)
+        try:
+            about, tensors = work(site, known)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.ran_out(error):
+                raise
+            short = str(error).splitlines()[0]
+            about = tensors = None
+        if tensors is None:
+            memory.free()
+            remarks = (f"memory ran out while this layer was computed ({short}): done again, on the CPU",)
+            about, tensors = _again(on_cpu(site), known, work)
+        return Done(site, about, [tensor.to(site.device) for tensor in tensors], None, remarks)
     except UnsupportedLayerError as error:
         if skip == "error":
             raise
-        return Done(site, None, (), str(error))
+        return Done(site, None, (), str(error), remarks)
+
+
+def _again(site: LoraSite, known: Known, work: Work) -> tuple[Any, Sequence[Tensor]]:
+    try:
+        return work(site, known)
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        raise LoraInitError(
+            f"layer '{site.name}': memory does not suffice to compute its start, on the CPU neither; lower its rank, "
+            "pass memory_budget so that fewer statistics are held, or leave the layer out"
+        ) from error
