@@ -172,6 +172,11 @@ def share_out(
 
     for group, statistics in collecting(sites):
         for done in each_layer(group, dict(statistics), worth, processes, skip=skip):
+            if done.starved:
+                raise LoraInitError(
+                    f"layer '{done.site.name}': memory does not suffice to tell what its components are worth; pass "
+                    "memory_budget"
+                )
             if done.refused is None:
                 energies[done.site.name] = done.tensors[0].cpu()
         held = statistics if len(group) == len(sites) else {}

@@ -9,7 +9,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from . import checkpoint, rescale
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
 from .calibration import (
+    Groups,
     collected_sums,
     layer_groups,
     own_precision,
@@ -198,6 +199,7 @@ def _initialize(
         with measure() as cost:
             saved: dict[str, Any] = {"processes": processes.size} if processes.size > 1 else {}
             remarks: list[str] = []
+            starved: list[LoraSite] = []
             batches = usable_batches(method, data, max_batches, cached=cache is not None)
             rows: dict[str, LayerReport] = {}
             collecting = functools.partial(
@@ -228,8 +230,11 @@ def _initialize(
             zero = method.info.product == "zero"
             write = functools.partial(_write, base=treatment, undo=undo, zero=zero, skip=on_unsupported)
             with tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False) as bar:
-                for group, statistics in groups:
-                    for done in each_layer(group, statistics, solve, processes, skip=on_unsupported):
+                for group, statistics, alone in _and_the_starved(groups, collecting, starved):
+                    for done in each_layer(group, statistics, solve, processes, skip=on_unsupported, alone=alone):
+                        if done.starved:
+                            starved.append(done.site)
+                            continue
                         written = write(done)
                         if isinstance(written, LayerReport):
                             rows[done.site.name] = written
@@ -255,7 +260,7 @@ def _initialize(
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
             ranks=dataclasses.asdict(rule),
-            warnings=(*remarks, *fit.warnings),
+            warnings=(*remarks, *_starved_remarks(starved), *fit.warnings),
             details=fit.details | saved,
         )
         rescale.finish(model, adapter_name, scalings, undo)
@@ -375,6 +380,25 @@ def _together(method: TrainedMethod, batches: Iterable[Any] | None, processes: P
     own = list(iterate(() if batches is None else batches, most, rows, torch.device("cpu"), may_be_empty=True))
     turns = itertools.zip_longest(*processes.exchange(own))
     return [batch for turn in turns for batch in turn if batch is not None]
+
+
+def _and_the_starved(
+    groups: Groups, collecting: Callable[[list[LoraSite]], Groups], starved: list[LoraSite]
+) -> Iterator[tuple[list[LoraSite], dict[str, Known], bool]]:
+    """Yield the groups, then each layer that memory ran out on by itself; and whether it is by itself."""
+    for group, statistics in groups:
+        yield group, statistics, False
+        del statistics
+    for site in starved:
+        for group, statistics in collecting([site]):
+            yield group, statistics, True
+
+
+def _starved_remarks(starved: list[LoraSite]) -> tuple[str, ...]:
+    return tuple(
+        f"layer '{site.name}': memory ran out while its start was computed; the data were run again for it alone"
+        for site in starved
+    )
 
 
 class _Solved(NamedTuple):

@@ -27,6 +27,7 @@ class Done(NamedTuple):
         tensors: what it has computed.
         refused: why the method cannot start the layer; None where it can.
         remarks: what the user should know.
+        starved: memory ran out; it may suffice while no sums of other layers are held.
     """
 
     site: LoraSite
@@ -34,10 +35,17 @@ class Done(NamedTuple):
     tensors: Sequence[Tensor]
     refused: str | None
     remarks: tuple[str, ...] = ()
+    starved: bool = False
 
 
 def each_layer(
-    sites: Sequence[LoraSite], known: dict[str, Known], work: Work, processes: Processes, *, skip: str
+    sites: Sequence[LoraSite],
+    known: dict[str, Known],
+    work: Work,
+    processes: Processes,
+    *,
+    skip: str,
+    alone: bool = False,
 ) -> Iterator[Done]:
     """Yield what the work on every layer comes to, the same in every process; each layer is one process's business.
 
@@ -50,6 +58,8 @@ def each_layer(
         work: returns an object and tensors.
         processes: who shares the work.
         skip: ``"error"``: a layer that the method cannot start is one; else it comes back refused.
+        alone: nothing else is held that could be dropped: a layer that memory does not suffice for is an error, too;
+            else it comes back starved.
 
     Raises:
         UnsupportedLayerError: see ``skip``.
@@ -57,7 +67,7 @@ def each_layer(
     """
     if processes.size == 1:
         for site in sites:
-            yield _work_on(site, known.pop(site.name, ()), work, skip)
+            yield _work_on(site, known.pop(site.name, ()), work, skip, alone=alone)
         return
     shares = _shares(sites, known, processes.size)
     mine = set(shares[processes.rank])
@@ -71,16 +81,16 @@ def each_layer(
             if name is not None:
                 named[name].put_together(keep=rank == processes.rank)
         if (name := turn[processes.rank]) is not None:
-            found[name] = _work_on(named[name], known.pop(name, ()), work, skip)
+            found[name] = _work_on(named[name], known.pop(name, ()), work, skip, alone=alone)
             named[name].drop_whole()
         if any(site.is_sharded for site in sites):  # else nobody waits for anybody before the end
             processes.exchange(None)
     pooled = processes.pool(
-        {name: ((done.about, done.refused, done.remarks), done.tensors) for name, done in found.items()}
+        {name: ((done.about, done.refused, done.remarks, done.starved), done.tensors) for name, done in found.items()}
     )
     for site in sites:
-        (about, refused, remarks), tensors = pooled[site.name]
-        yield Done(site, about, [tensor.to(site.device) for tensor in tensors], refused, remarks)
+        (about, refused, remarks, starved), tensors = pooled[site.name]
+        yield Done(site, about, [tensor.to(site.device) for tensor in tensors], refused, remarks, starved)
 
 
 def _shares(sites: Sequence[LoraSite], known: dict[str, Known], size: int) -> list[list[str]]:
@@ -100,35 +110,27 @@ def _shares(sites: Sequence[LoraSite], known: dict[str, Known], size: int) -> li
     return [[name for first in share for name in members[first]] for share in shared_out(costs, size)]
 
 
-def _work_on(site: LoraSite, known: Known, work: Work, skip: str) -> Done:
-    """Do the work on a layer: once more, on the CPU, where memory does not suffice for it."""
+def _work_on(site: LoraSite, known: Known, work: Work, skip: str, *, alone: bool) -> Done:
+    """Do the work on a layer; once more on the CPU, if its device has not the memory for it."""
     remarks: tuple[str, ...] = ()
     try:
-        try:
-            about, tensors = work(site, known)
-        except (RuntimeError, MemoryError) as error:
-            if not memory.ran_out(error):
-                raise
-            short = str(error).splitlines()[0]
-            about = tensors = None
-        if tensors is None:
+        for place in (site, on_cpu(site)) if site.device.type != "cpu" else (site,):
+            try:
+                about, tensors = work(place, known)
+                return Done(site, about, [tensor.to(site.device) for tensor in tensors], None, remarks)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.ran_out(error):
+                    raise
+                last = str(error).splitlines()[0]
             memory.free()
-            remarks = (f"memory ran out while this layer was computed ({short}): done again, on the CPU",)
-            about, tensors = _again(on_cpu(site), known, work)
-        return Done(site, about, [tensor.to(site.device) for tensor in tensors], None, remarks)
+            remarks = (f"memory ran out while its start was computed on {place.device}: computed on the CPU",)
     except UnsupportedLayerError as error:
         if skip == "error":
             raise
         return Done(site, None, (), str(error), remarks)
-
-
-def _again(site: LoraSite, known: Known, work: Work) -> tuple[Any, Sequence[Tensor]]:
-    try:
-        return work(site, known)
-    except (RuntimeError, MemoryError) as error:
-        if not memory.ran_out(error):
-            raise
-        raise LoraInitError(
-            f"layer '{site.name}': memory does not suffice to compute its start, on the CPU neither; lower its rank, "
-            "pass memory_budget so that fewer statistics are held, or leave the layer out"
-        ) from error
+    if known and not alone:
+        return Done(site, None, (), None, starved=True)
+    raise LoraInitError(
+        f"layer '{site.name}': memory does not suffice to compute its start, not even of this layer alone and on the "
+        f"CPU ({last}); lower its rank, or leave it out"
+    )
