@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from filelock import FileLock
 
 import cases
 import workers
 from cases import LLAMA
-from lorainit import LoraInitError
+from lorainit import LoraInitError, UnsupportedLayerError
 from lorainit.processes import Processes, shared_out
 from workers import METHODS, WEIGHTS_ONLY, WORLD, by_turns, outcome
 
@@ -110,6 +111,8 @@ FAULTS: dict[str, tuple[str, str | None]] = {
     "interrupted": ("KeyboardInterrupt: ", "LoraInitError: process 1 failed: KeyboardInterrupt: "),
     "no labels": ("LoraInitError: this method needs gradients, hence a loss", None),
     "no data at all": ("LoraInitError: the calibration data are empty: not a single batch", None),
+    "NaN in a batch": ("NonFiniteError: layer 'first', batch 1: NaN or infinite entries in its inputs", None),
+    "halves": ("LoraInitError: lora-da with these options compares halves of the data", None),
     "data forgotten": ("LoraInitError: eva needs calibration data", None),
     "other seed": ("LoraInitError: the processes differ in seed: process 0 has 0, process 1 1;", None),
     "other method": ("LoraInitError: the processes differ in method: process 0 has 'milora', process 1 'pissa'", None),
@@ -173,6 +176,29 @@ def test_a_model_sharded_by_fsdp2_is_started_as_one_that_is_whole(seen, method) 
 def test_what_a_sharded_model_cannot_have_is_refused_by_name(seen, what, message) -> None:
     for each in seen:
         assert message in each["sharded"][what]
+
+
+def test_weights_that_are_not_here_are_refused_by_name() -> None:
+    """Offloaded for real; DeepSpeed is told by the mark that its ZeRO-3 leaves on a parameter, without DeepSpeed."""
+    offloaded = LLAMA.adapted()
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    before = {name: type(module) for name, module in offloaded.named_modules()}
+    with pytest.raises(UnsupportedLayerError, match=r"q_proj' holds a weight that is offloaded"):
+        cases.start(offloaded, "pissa")
+    assert before == {name: type(module) for name, module in offloaded.named_modules()}
+    partitioned = LLAMA.adapted()
+    partitioned.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight.ds_id = 3
+    snapshot = cases.Snapshot.of(partitioned)
+    with pytest.raises(UnsupportedLayerError, match=r"down_proj' holds a weight that is partitioned by DeepSpeed"):
+        cases.start(partitioned, "pissa")
+    snapshot.assert_unchanged(partitioned)
+
+
+def test_a_model_whose_device_map_offloads_nothing_is_started() -> None:
+    model = LLAMA.adapted(torch.float64)
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    report = cases.start(model, "eva", data=workers.whole())
+    assert_same_start(outcome(model, report), alone("eva", 1), 1e-12)
 
 
 def test_a_group_that_is_none_is_refused() -> None:

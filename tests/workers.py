@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cases
 import lorainit
-from cases import LLAMA
+from cases import CONV, LLAMA
 
 WORLD = 3
 PAIRED = lorainit.CNTLoRA(constraint="F2", paired=True)
@@ -142,6 +142,13 @@ def broken(batches: list[Batch], error: BaseException) -> Iterator[Batch]:
     raise error
 
 
+def pixels(*, poisoned: bool) -> list[Batch]:
+    batches = [CONV.batches()[0] for _ in range(3)]
+    if poisoned:
+        batches[1]["pixel_values"][0, 0, 0, 0] = torch.nan
+    return batches
+
+
 def bad_ids(batch: Batch) -> Batch:
     return batch | {"input_ids": batch["input_ids"] + 10 * cases.VOCAB}
 
@@ -162,6 +169,8 @@ def errors(rank: int, folder: Path) -> dict[str, tuple[str, str]]:
         "interrupted": refused(adapted, "eva", broken(data, KeyboardInterrupt()) if second else data),
         "no labels": refused(adapted, "lora-ga", [{"input_ids": data[0]["input_ids"]}] if second else data),
         "no data at all": refused(adapted, "eva", []),
+        "NaN in a batch": refused(CONV.adapted, "eva", pixels(poisoned=second)),
+        "halves": refused(adapted, lorainit.LoRADA(cross_fit=True), data),
         "data forgotten": refused(adapted, "eva", None if second else data),
         "other seed": refused(adapted, "gaussian", None, seed=rank),
         "other method": refused(adapted, "pissa" if second else "milora", None),

@@ -96,7 +96,7 @@ def load(path: Path, sites: Collection[LoraSite], request: Request, origin: Orig
         raise
     except FileNotFoundError as error:
         raise LoraInitError(f"there are no saved statistics at '{path}'") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoraInitError(f"'{path}' is damaged or holds no statistics of lorainit ({error})") from error
 
 
@@ -212,7 +212,10 @@ def _read(
     found: dict[str, LayerStatistics] = {}
     for site in sites:
         layer = header["layers"][site.name]
-        sums = LayerStatistics(**{count: layer[count] for count in _COUNTS})
+        counts = {count: layer[count] for count in _COUNTS}
+        if not all(isinstance(count, int) and count >= 0 for count in counts.values()):
+            raise LoraInitError(f"'{path}' is damaged: layer '{site.name}' has counts {counts}")
+        sums = LayerStatistics(**counts)
         sums.shared = leaders.setdefault(layer["input"], sums).shared
         for stream, size in _needed(site, request).items():
             wanted = stream if stream in layer["streams"] else _WHOLE.get(stream)
@@ -223,11 +226,27 @@ def _read(
                 read[key] = file.get_tensor(key)
                 if tensor_fingerprint(read[key]) != header["digests"][key]:
                     raise LoraInitError(f"'{path}' is damaged: '{key}' is not what was written")
+            _check_sum(path, site, wanted, read[key], request)
             if size and wanted == stream:
                 _check_sketch(path, site, stream, read[key], size, layer["sketch_seed"], request)
             setattr(sums, wanted, read[key])  # pyright: ignore[reportArgumentType]
         found[site.name] = sums
     return found
+
+
+def _check_sum(path: Path, site: LoraSite, stream: str, value: Tensor, request: Request) -> None:
+    """Raise unless a sum is one of this layer; how long a sketch is `_check_sketch` says."""
+    n, m = site.in_features, site.out_features
+    shapes = {"input_sketch": (n, -1), "gradient_range": (m, -1), "gradient_corange": (-1, n), "input_energy": ()}
+    shapes |= {"input_second_moment": (n, n), "cross_second_moment": (n, n), "input_sum": (n,), "input_magnitude": (n,)}
+    shapes |= {"weight_gradient": (m, n), "odd_weight_gradient": (m, n)}
+    shapes |= {"output_gradient_squares": (m,), "output_gradient_second_moment": (m, m)}
+    wanted = shapes[stream]
+    fits = len(wanted) == value.dim() and all(a in (-1, b) for a, b in zip(wanted, value.shape, strict=True))
+    if not fits or value.dtype != request.dtype:
+        raise LoraInitError(
+            f"'{path}' is damaged: '{stream}' of layer '{site.name}' is {value.dtype} of shape {tuple(value.shape)}"
+        )
 
 
 def _check_sketch(
