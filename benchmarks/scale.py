@@ -243,8 +243,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in result["wide"]:
         lines.append(
-            f"| {row['method']} | {row['inputs']}→{row['outputs']} | {row['seconds']:.1f} | {row['bare_seconds']:.1f} | "
-            f"{row['seconds'] - row['bare_seconds']:.1f} | {row['peak_bytes'] / GIB:.2f} |"
+            f"| {row['method']} | {row['inputs']}→{row['outputs']} | {row['seconds']:.1f} | "
+            f"{row['bare_seconds']:.1f} | {row['seconds'] - row['bare_seconds']:.1f} | "
+            f"{row['peak_bytes'] / GIB:.2f} |"
         )
     lines += ["", "## Peak beside `memory_budget` (5 blocks, width 1024, 10 layers)", ""]
     lines += [
