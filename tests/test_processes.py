@@ -143,6 +143,13 @@ def test_an_error_in_one_process_is_an_error_in_all_and_every_model_is_as_it_was
     assert seen[0]["errors"].keys() == FAULTS.keys()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_is_an_error_in_the_others(seen, rank) -> None:
+    kind, message = seen[rank]["one dies"]
+    assert kind == "LoraInitError"
+    assert message.startswith(f"process {rank} of 3 has lost the others: ")
+
+
 def test_processes_go_on_after_errors(seen) -> None:
     for each in seen:
         assert_same_start(each["still works"], each["three"]["eva"], 1e-12)

@@ -142,6 +142,12 @@ def broken(batches: list[Batch], error: BaseException) -> Iterator[Batch]:
     raise error
 
 
+def dying(batches: list[Batch]) -> Iterator[Batch]:
+    """Yield a batch and be gone, with all that the process holds."""
+    yield batches[0]
+    os._exit(0)
+
+
 def pixels(*, poisoned: bool) -> list[Batch]:
     batches = [CONV.batches()[0] for _ in range(3)]
     if poisoned:
@@ -273,6 +279,10 @@ def work(rank: int, folder: Path) -> None:
         found["errors"] = errors(rank, folder)
         found["still works"] = started("eva", rank, 3)
         found["sharded"] = sharded(rank)
+        distributed.barrier()
+        if rank == 2:  # noqa: PLR2004
+            torch.save(found, folder / f"{rank}.pt")
+        found["one dies"] = refused(adapted, "eva", dying(shard(0, 3)) if rank == 2 else shard(rank, 3))  # noqa: PLR2004
     except BaseException:
         found["traceback"] = traceback.format_exc()
     torch.save(found, folder / f"{rank}.pt")

@@ -77,6 +77,10 @@ class ABMLoRA(Options, TrainedMethod):
         """What the origin has to know about the data."""
         return None if self.origin_method is None else self.origin_method.request
 
+    def workspace(self, site: LoraSite) -> int:
+        """Return what the origin's start of a layer takes."""
+        return super().workspace(site) if self.origin_method is None else self.origin_method.workspace(site)
+
     @property
     def product(self) -> Product:
         """What the origin's BA means for the base; what the training adds is always kept."""
