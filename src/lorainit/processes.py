@@ -46,7 +46,8 @@ class Processes:
         Raises:
             LoraInitError: no group, or one that this process is not in.
         """
-        self._group, self.rank, self.size = None, 0, 1
+        self._group: Group = None
+        self.rank, self.size = 0, 1
         self._over = False  # this process or another one has failed: there are no further meetings
         running = distributed.is_available() and distributed.is_initialized()
         if group == "default" and not running and int(os.environ.get("WORLD_SIZE", "1")) > 1:

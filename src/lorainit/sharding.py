@@ -10,8 +10,8 @@ from torch import Tensor, nn
 _LATER = "start the adapter before the model is sharded, and load or broadcast it then"
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Say whether a tensor is a `torch.distributed.tensor.DTensor`."""
+def is_sharded(tensor: object) -> bool:
+    """Say whether something is a `torch.distributed.tensor.DTensor`."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 

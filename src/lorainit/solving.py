@@ -113,6 +113,7 @@ def _shares(sites: Sequence[LoraSite], known: dict[str, Known], size: int) -> li
 def _work_on(site: LoraSite, known: Known, work: Work, skip: str, *, alone: bool) -> Done:
     """Do the work on a layer; once more on the CPU, if its device has not the memory for it."""
     remarks: tuple[str, ...] = ()
+    last = ""
     try:
         for place in (site, on_cpu(site)) if site.device.type != "cpu" else (site,):
             try:

@@ -219,7 +219,7 @@ def _read(
         sums.shared = leaders.setdefault(layer["input"], sums).shared
         for stream, size in _needed(site, request).items():
             wanted = stream if stream in layer["streams"] else _WHOLE.get(stream)
-            if wanted not in layer["streams"]:
+            if wanted is None or wanted not in layer["streams"]:
                 raise _NotCovered(f"the statistics in '{path}' lack '{stream}' of layer '{site.name}'")
             key = layer["streams"][wanted]
             if key not in read:
