@@ -83,7 +83,7 @@ def test_gradient_methods_ask_for_labels_and_leave_the_model_alone(method) -> No
 def test_a_memory_budget_changes_the_cost_not_the_start() -> None:
     case = CASES[0]
     starts = []
-    for budget in (None, "8 KiB"):
+    for budget in (None, "14 KiB"):
         model = case.adapted()
         cases.start(model, "corda", data=case.batches(), memory_budget=budget)
         starts.append(factors(model))

@@ -151,7 +151,7 @@ def test_a_checkpoint_comes_back_with_its_ranks(method, case, tmp_path):
 @pytest.mark.parametrize("rule", ["budget", "cost", "energy"])
 def test_a_memory_budget_gives_the_same_ranks(rule):
     found = []
-    for budget in (None, 6000):
+    for budget in (None, 14000):
         model = LLAMA.adapted(r=2)
         cases.start(model, "eva", data=LLAMA.batches(), ranks=rule, memory_budget=budget)
         found.append((ranks(model), cases.logits(model, LLAMA.batch())))

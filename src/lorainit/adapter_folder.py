@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -143,13 +144,21 @@ def read_provenance(path: Path) -> dict[str, Any]:
 
 
 def write_folder(path: Path, tensors: dict[str, Tensor], config: LoraConfig, record: dict[str, Any]) -> None:
-    """Write weights, config and provenance; the folder is made where it is missing."""
+    """Write weights, config and provenance; the folder is made where it is missing.
+
+    Each file is whole or not there, whenever the process is killed.
+    """
     if path.is_file():
         raise LoraInitError(f"{path} is a file; a folder is needed")
     path.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, path / WEIGHTS_NAME, {"format": "pt"})
-    config.save_pretrained(str(path))
-    write_json(path / PROVENANCE_NAME, record)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path) as unfinished:
+        scratch = Path(unfinished)
+        whole = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+        save_file(whole, scratch / WEIGHTS_NAME, {"format": "pt"})
+        config.save_pretrained(str(scratch))
+        write_json(scratch / PROVENANCE_NAME, record)
+        for name in (WEIGHTS_NAME, CONFIG_NAME, PROVENANCE_NAME):
+            (scratch / name).replace(path / name)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

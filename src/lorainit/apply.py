@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from . import offset
+from . import offset, sharding
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from .methods.method import Factors
 from .sites import LoraSite, site_name
@@ -92,14 +92,14 @@ def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
     """
     pair = (site.lora_A, site.lora_B)
     trained = [offset.trained_factor(module) for module in pair]
-    stored = [factor.to(old).reshape(old.shape) for factor, old in zip(start, trained, strict=True)]
+    stored = [factor.to(old.device, old.dtype).reshape(old.shape) for factor, old in zip(start, trained, strict=True)]
     largest = [float(factor.abs().max()) for factor in stored]  # one read serves every check; NaN stays NaN
     _check_start(site, *largest)
     undo.remember_adapter(site)
     offset.detach(*pair)
     with torch.no_grad():
         for parameter, factor in zip(trained, stored, strict=True):
-            parameter.copy_(factor)
+            parameter.copy_(sharding.cut_like(factor, parameter))
         if base == "keep" or 0 in largest:
             return False
         if base == "subtract":
@@ -116,14 +116,14 @@ def write_factors(site: LoraSite, factors: Factors) -> None:
         UnsupportedLayerError: both are zero there.
     """
     trained = [offset.trained_factor(module) for module in (site.lora_A, site.lora_B)]
-    stored = [factor.to(old).reshape(old.shape) for factor, old in zip(factors, trained, strict=True)]
+    stored = [factor.to(old.device, old.dtype).reshape(old.shape) for factor, old in zip(factors, trained, strict=True)]
     if not all(bool(torch.isfinite(factor).all()) for factor in stored):
         raise NonFiniteError(f"layer '{site.name}': the start is not finite in the adapter's {trained[0].dtype}")
     if not any(bool(factor.any()) for factor in stored):
         raise UnsupportedLayerError(f"layer '{site.name}': the start is dead: A = B = 0 in the adapter's dtype")
     with torch.no_grad():
         for parameter, factor in zip(trained, stored, strict=True):
-            parameter.copy_(factor)
+            parameter.copy_(sharding.cut_like(factor, parameter))
 
 
 def _check_start(site: LoraSite, largest_A: float, largest_B: float) -> None:

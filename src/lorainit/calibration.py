@@ -15,20 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from .apply import Undo, write_start
-from .errors import LoraInitError, UnsupportedLayerError
+from .errors import LoraInitError
 from .generators import layer_generator
 from .methods import Method
 from .methods.kaiming import Kaiming
 from .methods.method import TrainedMethod
+from .processes import Processes
 from .ranks import RankRule, Rule, allocate
 from .resize import resize
 from .sites import LoraSite
+from .solving import Known, each_layer
 from .statistics import LayerStatistics, Request
 from .statistics.collect import collect, collect_groups
 from .statistics.pairs import collect_pairs
 from .statistics.store import collect_cached
 
-Known = tuple[LayerStatistics, ...]  # of the data, and of the data to compare them with if there are any
 Groups = Iterable[tuple[list[LoraSite], dict[str, Known]]]
 
 
@@ -75,6 +76,7 @@ def layer_groups(
     *,
     cache: str | os.PathLike[str] | None,
     saved: dict[str, Any],
+    remarks: list[str],
     **options: Any,
 ) -> Iterator[tuple[list[LoraSite], dict[str, Known]]]:
     """Yield the sites, in groups whose statistics fit the budget, and what the method needs to know about each.
@@ -88,6 +90,7 @@ def layer_groups(
         sites: the layers.
         cache: folder of saved statistics.
         saved: takes what is to be told about them, as ``"statistics"``.
+        remarks: takes what the user should know about the collection.
         options: of `lorainit.statistics.collect_groups`.
 
     Raises:
@@ -97,8 +100,10 @@ def layer_groups(
     if request is None:
         yield sites, {}
         return
+    own = {name: options[name] for name in ("processes", "progress")}
     if cache is None:
-        groups = collect_groups(model, sites, () if batches is None else batches, request, **options)
+        more = {"workspace": method.workspace, "remarks": remarks}
+        groups = collect_groups(model, sites, () if batches is None else batches, request, **options, **more)
     elif options["memory_budget"] is not None:
         raise LoraInitError("cache keeps the statistics of all layers together: it does not go with memory_budget")
     else:
@@ -107,9 +112,9 @@ def layer_groups(
     for group, statistics in groups:
         seconds: dict[str, LayerStatistics] = {}
         if proxies is not None and method.comparison == "pairs" and batches is not None:
-            seconds = collect_pairs(model, group, batches, proxies, request, progress=options["progress"])
+            seconds = collect_pairs(model, group, batches, proxies, request, **own)
         elif proxies is not None:
-            seconds = collect(model, group, proxies, request, progress=options["progress"])
+            seconds = collect(model, group, proxies, request, **own)
         known = {name: (sums, seconds[name]) if seconds else (sums,) for name, sums in statistics.items()}
         statistics.clear()  # so that what is popped from `known` is free
         del seconds
@@ -150,6 +155,7 @@ def share_out(
     seed: int,
     collecting: Callable[[list[LoraSite]], Groups],
     undo: Undo,
+    processes: Processes,
     *,
     skip: str,
 ) -> tuple[list[LoraSite], Groups]:
@@ -159,14 +165,20 @@ def share_out(
     """
     energies: dict[str, Tensor] = {}
     held: dict[str, Known] = {}
+
+    def worth(site: LoraSite, known: Known) -> tuple[None, list[Tensor]]:
+        with own_precision(site.device):
+            return None, [method.energies(site, *known)]
+
     for group, statistics in collecting(sites):
-        for site in group:
-            try:
-                with own_precision(site.device):
-                    energies[site.name] = method.energies(site, *statistics.get(site.name, ()))
-            except UnsupportedLayerError:
-                if skip == "error":
-                    raise
+        for done in each_layer(group, dict(statistics), worth, processes, skip=skip):
+            if done.starved:
+                raise LoraInitError(
+                    f"layer '{done.site.name}': memory does not suffice to tell what its components are worth; pass "
+                    "memory_budget"
+                )
+            if done.refused is None:
+                energies[done.site.name] = done.tensors[0].cpu()
         held = statistics if len(group) == len(sites) else {}
     shared = [site for site in sites if site.name in energies]
     before = {site.name: site.rank for site in sites}

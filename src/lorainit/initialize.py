@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
@@ -17,7 +20,7 @@ from tqdm.auto import tqdm
 from . import checkpoint, rescale
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
 from .calibration import (
-    Known,
+    Groups,
     collected_sums,
     layer_groups,
     own_precision,
@@ -34,9 +37,12 @@ from .methods import Factors, Method, get_method
 from .methods.auto import Auto, Choice
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
+from .processes import Group, Processes, unwrapped
 from .ranks import RankRule, Rule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
+from .solving import Done, Known, each_layer
+from .statistics.batches import iterate
 
 
 def initialize(
@@ -56,6 +62,7 @@ def initialize(
     proxy_data: Iterable[Any] | None = None,
     on_unsupported: Literal["error", "default"] = "error",
     match_lr: bool = False,
+    process_group: Group | Literal["default"] | None = "default",
     progress: bool = True,
 ) -> InitReport:
     """Give the LoRA adapters of a model better starting values, in place.
@@ -94,6 +101,12 @@ def initialize(
         match_lr: express the start at another scale (A/ρ, B/ρ, ρ²s: the same function and subspaces), so that the
             learning rate that suits vanilla LoRA suits it: at any rate of Adam or AdamW its first update is as large
             as vanilla's (or smaller, if it was). ρ stands in the report; the limits in `lorainit.rescale`.
+        process_group: the processes that start this model together. Where `torch.distributed` runs with more than one
+            process, this function is a **collective call** by default: every process of the default group must make
+            it, alike, each with its own shard of ``data`` (an empty one is allowed). The sums over all shards decide,
+            the layers' starts are computed in different processes and are then the same in all of them; an error in
+            one is an error in all. ``samples`` of a method are shared out, ``max_batches`` and ``memory_budget`` hold
+            for each process. None: this process on its own (as in ``if rank == 0``); or another group.
         progress: show a progress bar.
 
     Returns:
@@ -112,7 +125,51 @@ def initialize(
         >>> f"{report.layers[0].relative_size:.3f}"   # √(ln 4 / ln 64) · alpha / r
         '1.155'
     """
-    asked = method = get_method(method)
+    processes = Processes(process_group)
+    with processes.failing_together():
+        return _initialize(
+            unwrapped(model),
+            get_method(method),
+            data=data,
+            adapter_name=adapter_name,
+            seed=seed,
+            base=base,
+            max_batches=max_batches,
+            memory_budget=memory_budget,
+            ranks=ranks,
+            micro_batch=micro_batch,
+            offload=offload,
+            cache=cache,
+            proxy_data=proxy_data,
+            on_unsupported=on_unsupported,
+            match_lr=match_lr,
+            processes=processes,
+            progress=progress,
+        )
+
+
+def _initialize(
+    model: nn.Module,
+    method: Method,
+    *,
+    data: Iterable[Any] | None,
+    adapter_name: str,
+    seed: int,
+    base: Literal["auto", "offset", "keep", "subtract"],
+    max_batches: int | None,
+    memory_budget: int | str | None,
+    ranks: Rule | RankRule,
+    micro_batch: int | None,
+    offload: bool,
+    cache: str | os.PathLike[str] | None,
+    proxy_data: Iterable[Any] | None,
+    on_unsupported: Literal["error", "default"],
+    match_lr: bool,
+    processes: Processes,
+    progress: bool,
+) -> InitReport:
+    """Do what `initialize` does, in one of the processes that do it."""
+    asked = method
     details: dict[str, Any] = {}
     if isinstance(method, Auto):
         data = list(data) if isinstance(data, Iterator) else data  # the choice may look at them before the start does
@@ -127,12 +184,30 @@ def initialize(
     _check_startable(model, adapter_name, sites, unsupported, method, on_unsupported)
     if treatment == "subtract":
         check_can_subtract(model, sites)
+    _check_processes(model, sites, method, processes)
+    _check_agreement(
+        sites,
+        processes,
+        {
+            "method": method.info.name,
+            **{f"the option {name}": value for name, value in _options(method).items()},
+            "seed": seed,
+            "base": treatment,
+            "ranks": dataclasses.asdict(rule),
+            "match_lr": match_lr,
+            "memory_budget": parse_bytes(memory_budget),
+            "cache (or none)": cache is not None,
+            "proxy_data (or none)": proxy_data is not None,
+        },
+    )
 
     layers = lora_layers(model, adapter_name)
     with all_or_nothing() as undo:
         scalings = rescale.begin(model, adapter_name, undo, needed=match_lr)
         with measure() as cost:
-            saved: dict[str, Any] = {}
+            saved: dict[str, Any] = {"processes": processes.size} if processes.size > 1 else {}
+            remarks: list[str] = []
+            starved: list[LoraSite] = []
             batches = usable_batches(method, data, max_batches, cached=cache is not None)
             rows: dict[str, LayerReport] = {}
             collecting = functools.partial(
@@ -147,21 +222,35 @@ def initialize(
                 offload=offload,
                 cache=cache,
                 saved=saved,
+                remarks=remarks,
+                processes=processes,
                 progress=progress,
             )
             groups = collecting(sites)
             if rule.rule != "fixed":
                 bare = {site.name: _without_rank(site) for site in sites}
-                kept, groups = share_out(model, sites, method, rule, seed, collecting, undo, skip=on_unsupported)
+                kept, groups = share_out(
+                    model, sites, method, rule, seed, collecting, undo, processes, skip=on_unsupported
+                )
                 names = {site.name for site in kept}
                 rows = {name: row for name, row in bare.items() if name not in names}
-            start = functools.partial(_start_layer, method=method, seed=seed, base=treatment, undo=undo)
+            solve = functools.partial(_solve, method=method, seed=seed)
+            zero = method.info.product == "zero"
+            write = functools.partial(_write, base=treatment, undo=undo, zero=zero, skip=on_unsupported)
             with tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False) as bar:
-                for group, statistics in groups:
-                    found, refused = _start_group(group, statistics, start, skip=on_unsupported, bar=bar)
-                    rows, unsupported = rows | found, unsupported | refused
+                for group, statistics, alone in _and_the_starved(groups, collecting, starved):
+                    for done in each_layer(group, statistics, solve, processes, skip=on_unsupported, alone=alone):
+                        if done.starved:
+                            starved.append(done.site)
+                            continue
+                        written = write(done)
+                        if isinstance(written, LayerReport):
+                            rows[done.site.name] = written
+                        else:
+                            unsupported[done.site.name] = written
+                        bar.update()
             started = [site for site in sites if site.name in rows]
-            fit = _fit(model, started, method, batches, seed, progress)
+            fit = _fit(model, started, method, batches, seed, processes, progress)
             for site in started:
                 row = _move(site, rows[site.name], fit.starts.get(site.name))
                 rows[site.name] = _match(site, row, undo) if match_lr else row
@@ -179,7 +268,7 @@ def initialize(
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
             ranks=dataclasses.asdict(rule),
-            warnings=fit.warnings,
+            warnings=(*remarks, *_starved_remarks(starved), *fit.warnings),
             details=details | fit.details | saved,
         )
         rescale.finish(model, adapter_name, scalings, undo)
@@ -205,6 +294,51 @@ def _choose(
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise LoraInitError(f"{name}={value!r} is not one of {list(choices)}")
+
+
+def _check_processes(model: nn.Module, sites: list[LoraSite], method: Method, processes: Processes) -> None:
+    """Raise unless the processes can do what the method asks, and hold all of a sharded model."""
+    if processes.size > 1 and method.request is not None and "odd_weight_gradient" in method.request.streams:
+        raise LoraInitError(
+            f"{method.info.name} with these options compares halves of the data, every second row each, which "
+            f"the shards of {processes.size} processes do not have: use one process, or no cross_fit and damping='auto'"
+        )
+    sharded = [site for site in sites if site.is_sharded]
+    if not sharded:
+        return
+    weight = sharded[0].base_layer.get_parameter("weight")
+    holders = weight.device_mesh.size()  # pyright: ignore[reportAttributeAccessIssue]
+    if holders != processes.size:
+        raise LoraInitError(
+            f"layer '{sharded[0].name}': its weight is sharded over {holders} processes, but {processes.size} are to "
+            "start the model; all that hold it must call initialize, with their process_group"
+        )
+    if method.info.needs:
+        raise LoraInitError(
+            f"{method.info.name} needs data, and layer '{sharded[0].name}' is sharded by FSDP2: only starts from the "
+            "weights are supported there; start the adapter before fully_shard is applied"
+        )
+
+
+def _check_agreement(sites: list[LoraSite], processes: Processes, arguments: dict[str, Any]) -> None:
+    """Raise unless all processes start the same layers of the same base in the same way."""
+    if processes.size == 1:
+        return
+    shapes = {
+        f"layer '{s.name}' (kind, out, in, rank, scaling)": (s.kind, s.out_features, s.in_features, s.rank, s.scaling)
+        for s in sites
+    }
+    processes.agree(arguments | shapes)
+    # norms, not digests: a weight that is dequantized on another device differs in its last bits
+    mine = {site.name: site.weight_norm for site in sites if not site.is_sharded}
+    first, *others = processes.exchange(mine)
+    for rank, norms in enumerate(others, start=1):
+        if differing := [name for name in first if not math.isclose(first[name], norms[name], rel_tol=1e-4)]:
+            name = differing[0]
+            raise LoraInitError(
+                f"layer '{name}': the base weight differs between the processes (its norm is {first[name]:.6g} in "
+                f"process 0, {norms[name]:.6g} in process {rank}); load the same model in all of them"
+            )
 
 
 def _check_startable(
@@ -237,57 +371,110 @@ def _check_startable(
 
 
 def _fit(
-    model: nn.Module, sites: list[LoraSite], method: Method, batches: Iterable[Any] | None, seed: int, progress: bool
+    model: nn.Module,
+    sites: list[LoraSite],
+    method: Method,
+    batches: Iterable[Any] | None,
+    seed: int,
+    processes: Processes,
+    progress: bool,
 ) -> Fit:
-    """Return what the method's short training came to; nothing for a method without one."""
+    """Return what the method's short training came to; nothing for a method without one.
+
+    Several processes put their data together and all do the same training, as one process would: it is too short to be
+    worth the traffic of its gradients. What the first one finds is taken, whatever the rounding of the others.
+    """
     if not (isinstance(method, TrainedMethod) and sites):
         return Fit({}, {})
-    return method.fit(model, sites, () if batches is None else batches, seed=seed, progress=progress)
+    fit = method.fit(model, sites, _together(method, batches, processes), seed=seed, progress=progress)
+    if processes.size == 1:
+        return fit
+    first = {name: (None, factors) for name, factors in fit.starts.items()} if processes.rank == 0 else {}
+    return fit._replace(starts={name: Factors(*tensors) for name, (_, tensors) in processes.pool(first).items()})
 
 
-def _start_group(
-    group: list[LoraSite],
-    statistics: dict[str, Known],
-    start: Callable[..., LayerReport],
-    *,
-    skip: str,
-    bar: tqdm,
-) -> tuple[dict[str, LayerReport], dict[str, str]]:
-    """Start some layers, each dropping its statistics; return their rows, and why others could not be started."""
-    rows: dict[str, LayerReport] = {}
-    refused: dict[str, str] = {}
-    for site in group:
-        try:
-            rows[site.name] = start(site, known=statistics.pop(site.name, ()))
-        except UnsupportedLayerError as error:
-            if skip == "error":
-                raise
-            refused[site.name] = str(error)
-        bar.update()
-    return rows, refused
+def _together(method: TrainedMethod, batches: Iterable[Any] | None, processes: Processes) -> Iterable[Any]:
+    """Return the batches that the training takes, of all processes by turns."""
+    if processes.size == 1:
+        return () if batches is None else batches
+    most, rows = (processes.share(limit) for limit in method.reads)
+    own = list(iterate(() if batches is None else batches, most, rows, torch.device("cpu"), may_be_empty=True))
+    turns = itertools.zip_longest(*processes.exchange(own))
+    return [batch for turn in turns for batch in turn if batch is not None]
 
 
-def _start_layer(site: LoraSite, *, method: Method, seed: int, base: Base, undo: Undo, known: Known) -> LayerReport:
-    """Compute the start of one layer and write it."""
+def _and_the_starved(
+    groups: Groups, collecting: Callable[[list[LoraSite]], Groups], starved: list[LoraSite]
+) -> Iterator[tuple[list[LoraSite], dict[str, Known], bool]]:
+    """Yield the groups, then each layer that memory ran out on by itself; and whether it is by itself."""
+    for group, statistics in groups:
+        yield group, statistics, False
+        del statistics
+    for site in starved:
+        for group, statistics in collecting([site]):
+            yield group, statistics, True
+
+
+def _starved_remarks(starved: list[LoraSite]) -> tuple[str, ...]:
+    return tuple(
+        f"layer '{site.name}': memory ran out while its start was computed; the data were run again for it alone"
+        for site in starved
+    )
+
+
+class _Solved(NamedTuple):
+    """What is told about the start of a layer, beside its factors."""
+
+    weight_norm: float
+    seconds: float
+    remarks: tuple[str, ...]
+
+
+def _solve(site: LoraSite, known: Known, *, method: Method, seed: int) -> tuple[_Solved, Factors]:
+    """Compute the start of one layer."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
-    with own_precision(site.device):
-        with warnings.catch_warnings(record=True) as remarks:  # they belong in this layer's row
-            warnings.simplefilter("always")
-            start = start_layer(method, site, layer_generator(seed, site.name), *known)
-        held = write_start(site, start, base, undo)
-        size = site.scaling * product_norm(*site.factors())
+    with own_precision(site.device), warnings.catch_warnings(record=True) as remarks:  # they belong in the layer's row
+        warnings.simplefilter("always")
+        start = start_layer(method, site, layer_generator(seed, site.name), *known)
+    return _Solved(weight_norm, time.perf_counter() - begin, tuple(str(r.message) for r in remarks)), start
+
+
+def _write(done: Done, *, base: Base, undo: Undo, zero: bool, skip: str) -> LayerReport | str:
+    """Write the start of one layer; return its row, or why it could not be started (an error unless ``skip`` says so).
+
+    Args:
+        done: what `_solve` came to.
+        base: what to do about BA.
+        undo: remembers what was there.
+        zero: BA is zero by the method's design.
+        skip: ``"error"`` or ``"default"``.
+    """
+    if done.refused is not None:
+        return done.refused
+    begin = time.perf_counter()
+    site, solved = done.site, done.about
+    try:
+        with own_precision(site.device):
+            held = write_start(site, Factors(*done.tensors), base, undo)
+            size = site.scaling * product_norm(*site.factors())
+    except UnsupportedLayerError as error:
+        if skip == "error":
+            raise
+        return str(error)
+    row_base = base if held else "none" if size == 0 or zero else "keep"
+    norm = solved.weight_norm
     return LayerReport(
         name=site.name,
         kind=site.kind,
         shape=(site.out_features, site.in_features),
         rank=site.rank,
         scaling=site.scaling,
-        base=base if held else "none" if size == 0 or method.info.product == "zero" else "keep",
-        relative_size=size / weight_norm if weight_norm > 0 else None,
-        seconds=time.perf_counter() - begin,
+        base=row_base,
+        relative_size=size / norm if norm > 0 else None,
+        seconds=solved.seconds + time.perf_counter() - begin,
         extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
-        warnings=(*(str(r.message) for r in remarks), *_layer_warnings(site, size, weight_norm, base)),
+        warnings=(*done.remarks, *solved.remarks, *_layer_warnings(site, size, norm, base)),
     )
 
 

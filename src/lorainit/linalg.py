@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,15 +81,31 @@ def randomized_svd(
         iterations: power iterations; the range finder sees the singular values to the power 2·iterations + 1.
     """
     require_rank(matrix, rank)
-    m, n = matrix.shape
-    width = min(rank + (max(rank, 16) if oversample is None else oversample), m, n)
-    test = torch.randn(n, width, generator=generator, device=generator.device).to(matrix)
-    Q = torch.linalg.qr(matrix @ test).Q
+    width = sketch_width(rank, matrix.shape, oversample)
+    test = torch.randn(matrix.shape[1], width, generator=generator, device=generator.device).to(matrix)
+    return subspace_svd(lambda x: matrix @ x, lambda x: matrix.mT @ x, test, rank, iterations=iterations)
+
+
+def sketch_width(rank: int, shape: Sequence[int], oversample: int | None = None) -> int:
+    """Return how many columns `randomized_svd` works with."""
+    return min(rank + (max(rank, 16) if oversample is None else oversample), *shape)
+
+
+def subspace_svd(
+    apply: Callable[[Tensor], Tensor],
+    apply_transposed: Callable[[Tensor], Tensor],
+    test: Float[Tensor, "n k"],
+    rank: int,
+    *,
+    iterations: int = 3,
+) -> SVD:
+    """Return what `randomized_svd` does, of a matrix that is only known by its products with blocks of columns."""
+    Q = torch.linalg.qr(apply(test)).Q
     for _ in range(iterations):
-        Q = torch.linalg.qr(matrix.mT @ Q).Q
-        Q = torch.linalg.qr(matrix @ Q).Q
+        Q = torch.linalg.qr(apply_transposed(Q)).Q
+        Q = torch.linalg.qr(apply(Q)).Q
     # (n, width): the tall orientation is the cheap one for LAPACK
-    V, S, Uh = torch.linalg.svd(matrix.mT @ Q, full_matrices=False)
+    V, S, Uh = torch.linalg.svd(apply_transposed(Q), full_matrices=False)
     return canonical_signs(SVD(Q @ Uh.mT[:, :rank], S[:rank], V.mT[:rank].contiguous()))
 
 

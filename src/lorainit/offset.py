@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoraInitError
+from .sharding import replicated_like, whole
 
 
 class OffsetFactor(nn.Module):
@@ -56,14 +57,14 @@ class OffsetFactor(nn.Module):
     def update_factor(self) -> Tensor:
         """Return [A; A − A₀] or [B − B₀, B₀]: the pair's product is BA − B₀A₀, relative to the original base."""
         trained = self.trained
-        offset = self.offset.to(trained.dtype)
+        offset = replicated_like(self.offset.to(trained.dtype), trained)
         change = trained - offset
         return torch.cat((trained, change) if self.stack_axis == 0 else (change, offset), dim=self.stack_axis)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         trained = destination[prefix + "weight"]
-        offset = self.offset.to(trained)
+        offset = replicated_like(self.offset.to(trained.device, trained.dtype), trained)
         stacked = (trained, offset) if self.stack_axis == 0 else (trained, -offset)
         destination[prefix + "weight"] = torch.cat(stacked, dim=self.stack_axis)
 
@@ -153,7 +154,7 @@ def attach(lora_A: nn.Module, lora_B: nn.Module, *, base_edited: bool = False) -
     for axis, module in enumerate((lora_A, lora_B)):
         if type(module) not in _OFFSET_CLASS:
             raise LoraInitError(f"the offset form cannot hold a factor of type {type(module).__name__}")
-        module.register_buffer("offset", trained_factor(module).detach().clone(), persistent=False)
+        module.register_buffer("offset", whole(trained_factor(module).detach()).clone(), persistent=False)
         module.__class__ = _OFFSET_CLASS[type(module)]
         factor = cast(OffsetFactor, module)
         factor.stack_axis, factor.base_edited = axis, base_edited

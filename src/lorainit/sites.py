@@ -13,7 +13,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from . import offset
+from . import offset, sharding
 from ._typing import Float, Tensor
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from .linalg import frobenius_norm
@@ -42,6 +42,22 @@ class LoraSite:
     layer: LoraLayer
     adapter: str
     kind: str
+    _whole: list[Tensor] = dataclasses.field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the base weight is spread over several processes."""
+        return sharding.is_sharded(getattr(self.base_layer, "weight", None))
+
+    def put_together(self, *, keep: bool) -> None:
+        """Gather a sharded weight, in all processes at once; those that keep it can read it until `drop_whole`."""
+        if self.is_sharded:
+            weight = sharding.whole(self.base_layer.weight.detach())  # pyright: ignore
+            self._whole[:] = [weight] if keep else []
+
+    def drop_whole(self) -> None:
+        """Free what `put_together` has gathered."""
+        self._whole.clear()
 
     @property
     def base_layer(self) -> nn.Module:
@@ -88,7 +104,9 @@ class LoraSite:
         base = self.base_layer
         if type(base).__name__ in _QUANTIZED_CLASSES:
             return dequantize_module_weight(base).detach()
-        weight = base.weight.detach()  # pyright: ignore[reportCallIssue]
+        weight = self._whole[0] if self._whole else base.weight.detach()  # pyright: ignore[reportCallIssue]
+        if sharding.is_sharded(weight):
+            raise LoraInitError(f"layer '{self.name}': its weight is sharded and is not put together here")
         if self.kind == "conv1d":
             return weight.T
         return weight.flatten(1) if self.kind == "conv" else weight
@@ -111,9 +129,27 @@ class LoraSite:
         return norm
 
     def factors(self) -> tuple[Float[Tensor, "r in"], Float[Tensor, "out r"]]:
-        """Return the present trainable factors (A, B) as matrices, detached views."""
-        a, b = (offset.trained_factor(m).detach() for m in (self.lora_A, self.lora_B))
+        """Return the present trainable factors (A, B) as matrices, detached views; put together if they are sharded."""
+        a, b = (sharding.whole(offset.trained_factor(m).detach()) for m in (self.lora_A, self.lora_B))
         return a.flatten(1), b.flatten(1)
+
+
+class _OnCpu(LoraSite):
+    """A site that is computed in CPU memory, wherever its layer is."""
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def stored_weight(self) -> Float[Tensor, "out in"]:
+        """Return the base weight as out×in, copied to the CPU if it is not there."""
+        return super().stored_weight().cpu()
+
+
+def on_cpu(site: LoraSite) -> LoraSite:
+    """Return a site that methods work on in CPU memory."""
+    return _OnCpu(**{field.name: getattr(site, field.name) for field in dataclasses.fields(site)})
 
 
 def trained_shape(module: nn.Module) -> tuple[int, int]:
@@ -168,10 +204,12 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
 
     Raises:
         LoraInitError: no LoRA, an unknown adapter, or a layer with an adapter, this or another, merged into the base.
-        UnsupportedLayerError: a layer whose factors or weight are on the meta device.
+        UnsupportedLayerError: a layer whose factors or weight are not all here: on the meta device, offloaded, or split
+            in another way than FSDP2's.
     """
     sites: list[LoraSite] = []
     unsupported: dict[str, str] = {}
+    wrapped = sharding.wrapping(model)
     layers = lora_layers(model, adapter_name)
     of_embeddings = _embedding_storages(layers, adapter_name)
     for name, layer in layers:
@@ -184,16 +222,15 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
             continue
         site = LoraSite(name, layer, adapter_name, kind)
         weight = getattr(site.base_layer, "weight", None)
-        if site.device.type == "meta" or (isinstance(weight, Tensor) and weight.device.type == "meta"):
-            raise UnsupportedLayerError(
-                f"layer '{name}' is on the meta device and holds no values; load or materialize the model first"
-            )
+        for values in (weight, offset.trained_factor(site.lora_A)):
+            if reason := sharding.obstacle(values, site.base_layer, wrapped):
+                raise UnsupportedLayerError(f"layer '{name}' {reason}")
         sites.append(site)
     return sites, unsupported
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return sharding.local(tensor).untyped_storage().data_ptr()
 
 
 def _embedding_storages(layers: list[tuple[str, LoraLayer]], adapter: str) -> set[int]:

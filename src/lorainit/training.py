@@ -20,6 +20,7 @@ from .cost import measure
 from .errors import LoraInitError, NonFiniteError
 from .initialize import initialize
 from .methods import Method, get_method
+from .processes import Processes
 from .ranks import RankRule
 from .report import InitReport
 from .tasks import DataOptions, Task, fingerprint, get_task
@@ -244,9 +245,11 @@ def _calibration(
 
 
 def _start(model: PeftModel, method: Method, recipe: Recipe, rows: Dataset | None, collator: Any) -> InitReport:
-    """Start the adapter, on the calibration rows if there are any."""
+    """Start the adapter, on the calibration rows if there are any: each process on its own share of them."""
     data = None
     if rows is not None:
+        processes = Processes("default")
+        rows = rows.select(range(processes.rank, len(rows), processes.size))
         data = DataLoader(rows, batch_size=recipe.calibration.batch_size, collate_fn=collator)  # pyright: ignore
     return initialize(
         model,

@@ -168,3 +168,25 @@ def test_decaying_weight_in_float32_agrees_with_float64(exact):
     A, B = corda.factors(W.float(), C.float(), 4, 1.0, exact=exact)
     reference = part(W, C, 4, "ipm")
     assert float((B @ A - reference).norm() / reference.norm()) < 1e-3
+
+
+def test_a_large_layer_whose_product_is_never_formed_starts_as_one_whose_is(monkeypatch):
+    """300 outputs are many beside the 20 columns of the sketch: W C̃ is only multiplied with; the same triplets."""
+    W, C = decaying(300, 200, 0.5), second_moment(inputs(400, 200))
+    called = []
+    original = corda._unformed
+    monkeypatch.setattr(corda, "_unformed", lambda *a: (called.append(1), original(*a))[1])
+    unformed = corda.factors(W, C, 4, 2.0)
+    assert called
+    monkeypatch.setattr(corda, "_PASSES", 1000)
+    formed = corda.factors(W, C, 4, 2.0)
+    assert len(called) == 1
+    for factor, expected in zip(unformed, formed, strict=True):
+        assert_close(factor, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
+
+
+def test_a_large_layer_of_low_rank_is_filled_up_with_plain_lora():
+    W, C = with_spectrum(300, 200, [3.0, 2.0]), second_moment(inputs(400, 200))
+    with pytest.warns(UserWarning, match="only 2 of 4 components are above rounding"):
+        A, B = corda.factors(W, C, 4, 2.0)
+    assert_close(2.0 * B @ A, W, rtol=0, atol=1e-9)

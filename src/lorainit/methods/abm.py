@@ -77,11 +77,20 @@ class ABMLoRA(Options, TrainedMethod):
         """What the origin has to know about the data."""
         return None if self.origin_method is None else self.origin_method.request
 
+    def workspace(self, site: LoraSite) -> int:
+        """Return what the origin's start of a layer takes."""
+        return super().workspace(site) if self.origin_method is None else self.origin_method.workspace(site)
+
     @property
     def product(self) -> Product:
         """What the origin's BA means for the base; what the training adds is always kept."""
         origin = self.origin_method
         return "preserve" if origin is not None and origin.product == "preserve" else "step"
+
+    @property
+    def reads(self) -> tuple[int | None, int | None]:
+        """Rows of which the training makes batches of its own."""
+        return None, self.samples
 
     def start(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics | None = None) -> Factors:
         """Return the origin's start of the layer."""

@@ -242,6 +242,7 @@ class CNTLoRA(Method):
         variable_ranks=True,
     )
     streams: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "input_sum"})
+    copies: ClassVar = (5.0, 6.0)
 
     def __post_init__(self) -> None:
         """Check the options."""

@@ -8,11 +8,21 @@ from typing import ClassVar, Literal
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import exact_svd, require_rank, squared_singular_values, to_double
+from ..linalg import (
+    SVD,
+    exact_svd,
+    require_rank,
+    sketch_width,
+    squared_singular_values,
+    subspace_svd,
+    to_double,
+)
 from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
 from .activations import decompose, keep_alive, leading, mean_of, projection, rounding
 from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
+
+_PASSES = 8  # of a randomized SVD over its matrix
 
 Mode = Literal["ipm", "kpm"]
 
@@ -71,13 +81,29 @@ def factors(
     require_rank(weight, rank)
     if mode == "kpm":  # in float32 the trailing components would drown in the rounding of the leading ones
         product = context(to_double(weight), to_double(input_second_moment), damping=damping)
-        svd = exact_svd(product, rank, smallest=True)
+        svd, size = exact_svd(product, rank, smallest=True), float(product.norm())
+    elif not exact and _PASSES * sketch_width(rank, weight.shape) < weight.shape[0]:
+        svd = _unformed(weight, input_second_moment, rank, damping, generator or torch.Generator().manual_seed(0))
+        size = float(svd.S.norm())  # all of it, if the components that are wanted go below rounding
     else:
         product = context(weight, input_second_moment, damping=damping)
-        svd = decompose(product, rank, exact=exact, generator=generator)
-    svd = leading(svd, rounding(product) * float(product.norm()))
-    start = keep_alive(projection(weight.to(product), svd, scaling), rank, generator)
+        svd, size = decompose(product, rank, exact=exact, generator=generator), float(product.norm())
+    svd = leading(svd, rounding(svd.S) * size)
+    start = keep_alive(projection(weight.to(svd.S), svd, scaling), rank, generator)
     return Factors(*(factor.to(weight) for factor in start))
+
+
+def _unformed(weight: Tensor, moment: Tensor, rank: int, damping: float, generator: torch.Generator) -> SVD:
+    """Return the leading triplets of W C̃ from products with W and with C: for large layers W C̃ is most of the work."""
+    dtype = torch.promote_types(weight.dtype, moment.dtype)
+    W, C = weight.to(dtype), moment.to(dtype)
+    shift = damping * C.diagonal().mean()
+
+    def damped(block: Tensor) -> Tensor:
+        return C @ block + shift * block
+
+    test = torch.randn(W.shape[1], sketch_width(rank, W.shape), generator=generator, device=generator.device)
+    return subspace_svd(lambda x: W @ damped(x), lambda x: damped(W.mT @ x), test.to(W), rank)
 
 
 def energies(
@@ -114,6 +140,7 @@ class CorDA(Method):
         variable_ranks=True,
     )
     streams: ClassVar[frozenset[str]] = frozenset({"input_second_moment"})
+    copies: ClassVar = (2.5, 1.5)
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -141,5 +168,10 @@ class CorDA(Method):
         """Return what `lorainit.ranks.allocate` pools: the squared singular values of W C̃. Not for ``"kpm"``."""
         return energies(site.weight(), self._moment(site, statistics), damping=self.damping)
 
+    def workspace(self, site: LoraSite) -> int:
+        """Return about how many bytes the start of a layer takes: in float64 for the last components."""
+        return super().workspace(site) * (3 if self.mode == "kpm" or self.exact else 1)
+
     def _moment(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
-        return mean_of(site, statistics, "input_second_moment") / self.input_scale**2
+        mean = mean_of(site, statistics, "input_second_moment")
+        return mean if self.input_scale == 1 else mean.div_(self.input_scale**2)

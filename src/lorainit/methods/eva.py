@@ -161,6 +161,7 @@ class EVA(Method):
         variable_ranks=True,
     )
     streams: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "input_sum"})
+    copies: ClassVar = (3.0, 1.0)
 
     def __post_init__(self) -> None:
         """Check the options."""

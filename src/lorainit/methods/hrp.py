@@ -112,6 +112,11 @@ class HRP(TrainedMethod):
         warned = tuple(f"the preheating gave layer '{name}' no directions: plain LoRA start" for name in unmoved)
         return Fit(starts, details, warned)
 
+    @property
+    def reads(self) -> tuple[int | None, int | None]:
+        """A batch for every step."""
+        return self.steps, None
+
     def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
         """Return the plain LoRA start, which a layer keeps that the preheating does not move."""
         require_rank_at_most_min(site)

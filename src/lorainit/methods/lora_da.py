@@ -33,6 +33,8 @@ from .guidance import Factorize, Guidance, curvature, held_out_damping
 from .lora_da_types import Mode, Options, Solution
 from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
 
+_DOUBLE_UP_TO = 2048  # inputs; wider ones are solved in float32 where that is safe
+
 
 def factors(
     gradient: Float[Tensor, "out in"],
@@ -66,7 +68,7 @@ def solve(
     generator: torch.Generator | None = None,
     factorize: Factorize = damped_cholesky,
     dense_up_to: int = 512,
-    double_up_to: int = 2048,
+    double_up_to: int = _DOUBLE_UP_TO,
 ) -> Solution:
     """Return LoRA-DA's start of one layer from its statistics.
 
@@ -167,7 +169,7 @@ def pose(
     sequence_gradients: Float[Tensor, "n out"] | None = None,
     generator: torch.Generator | None = None,
     factorize: Factorize = damped_cholesky,
-    double_up_to: int = 2048,
+    double_up_to: int = _DOUBLE_UP_TO,
 ) -> Posed:
     """Return the eigenproblem of a layer; arguments and errors are those of `solve`."""
     require_rank(gradient, rank)
@@ -259,6 +261,7 @@ class LoRADA(Options, Method):
     )
 
     streams: ClassVar[frozenset[str]] = frozenset({"input_second_moment", "output_gradient_squares", "weight_gradient"})
+    copies: ClassVar = (4.5, 6.0)
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -302,6 +305,11 @@ class LoRADA(Options, Method):
         n, M = statistics.sequences, statistics.tokens
         moments = (sums["input_second_moment"] / M, sums["output_gradient_squares"] / M)
         return sums["weight_gradient"] / n, *moments
+
+    def workspace(self, site: LoraSite) -> int:
+        """Return about how many bytes the start of a layer takes; `pose` says what is solved in float64."""
+        double = site.in_features <= _DOUBLE_UP_TO or (isinstance(self.damping, float) and self.damping < 1e-3)  # noqa: PLR2004
+        return super().workspace(site) * (2 if double else 1)
 
     def _counts(self, site: LoraSite, statistics: LayerStatistics) -> dict[str, Any]:
         """Return the numbers of samples, what factorizes Z, and the gradients of the halves where they are needed."""

@@ -61,6 +61,8 @@ class Method(abc.ABC):
 
     info: ClassVar[MethodInfo]
     streams: ClassVar[frozenset[str]] = frozenset()
+    # what a start holds beside the sums, at most, in float32 matrices of in×in and of out×in; see benchmarks/scale.py
+    copies: ClassVar[tuple[float, float]] = (0.5, 3.0)
 
     @property
     def request(self) -> Request | None:
@@ -109,6 +111,14 @@ class Method(abc.ABC):
         """
         raise LoraInitError(f"{self.info.name} has no components of falling worth")
 
+    def workspace(self, site: LoraSite) -> int:
+        """Return about how many bytes the start of a layer takes beside the sums: part of the ``memory_budget``."""
+        request, n, m = self.request, site.in_features, site.out_features
+        squares, weights = self.copies
+        if request is not None and request.streams != request.streams_of(site):  # sketched: solved in float64
+            return 12 * request.sum_bytes(site) + int(torch.float32.itemsize * n * m)
+        return int(torch.float32.itemsize * (squares * n * n + weights * n * m))
+
     def rank_limit(self, site: LoraSite) -> int:
         """Return the highest rank that the method can give a layer."""
         return min(site.in_features, site.out_features)
@@ -135,6 +145,11 @@ class TrainedMethod(Method):
     `Method.start` is then the point of one layer from which that short training sets out. What happens to the base is
     decided there: an offset start freezes *that* point's B₀A₀, so that all the training adds takes effect.
     """
+
+    @property
+    def reads(self) -> tuple[int | None, int | None]:
+        """The most batches, and the most rows, that the training takes of the data; None: no limit."""
+        return None, None
 
     @abc.abstractmethod
     def fit(

@@ -12,14 +12,22 @@ from torch import Tensor, nn
 from ..errors import LoraInitError
 
 MaskKind = Literal["attention", "labels"]
+NO_BATCH = "the calibration data are empty: not a single batch"
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, int]]
 
 
-def iterate(data: Iterable[Any], max_batches: int | None, max_rows: int | None, device: torch.device) -> Iterator[Any]:
+def iterate(
+    data: Iterable[Any],
+    max_batches: int | None,
+    max_rows: int | None,
+    device: torch.device,
+    *,
+    may_be_empty: bool = False,
+) -> Iterator[Any]:
     """Yield the batches on the model's device, at most ``max_batches`` of them and ``max_rows`` rows, the last one cut.
 
     Raises:
-        LoraInitError: there is no batch at all.
+        LoraInitError: there is no batch at all, and it may not be so.
     """
     index, left = -1, math.inf if max_rows is None else max_rows
     for index, batch in enumerate(data):
@@ -28,8 +36,8 @@ def iterate(data: Iterable[Any], max_batches: int | None, max_rows: int | None, 
         rows = count_rows(batch)
         yield _to_device(batch if rows <= left else take_rows(batch, slice(0, int(left))), device)
         left -= rows
-    if index < 0:
-        raise LoraInitError("the calibration data are empty: not a single batch")
+    if index < 0 and not may_be_empty:
+        raise LoraInitError(NO_BATCH)
 
 
 def forward(model: nn.Module, batch: Any) -> Any:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .. import memory
 from ..errors import LoraInitError
+from ..processes import ALONE, Processes
 from ..sites import LoraSite
 from .batches import LossFunction, iterate, summed_loss
 from .layer import LayerStatistics
 from .request import Request, Sketch
+from .shards import add_up
 from .watch import Watch
 
 __all__ = ["Request", "Sketch", "collect", "collect_groups"]
+
+
+Workspace = Callable[[LoraSite], int]
 
 
 def collect(
@@ -31,6 +37,7 @@ def collect(
     micro_batch: int | None = None,
     offload: bool = False,
     loss_function: LossFunction | None = None,
+    processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
     """Run the base model (adapters off, eval mode) over the data and return the sums of every site by name.
@@ -48,6 +55,8 @@ def collect(
         micro_batch: rows that run at a time: less memory for activations, the same sums.
         offload: keep the sums in CPU memory while the model runs on an accelerator.
         loss_function: (model, batch) -> (summed loss, number of terms); default `summed_loss`.
+        processes: those whose data are shards of one whole: the sums are over all of them, the same in each. One that
+            has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all.
         progress: show a progress bar.
 
     Raises:
@@ -58,6 +67,7 @@ def collect(
     found: dict[str, LayerStatistics] = {}
     options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget}
     options |= {"micro_batch": micro_batch, "offload": offload, "loss_function": loss_function, "progress": progress}
+    options |= {"processes": processes}
     for _, statistics in collect_groups(model, sites, data, request, **options):
         found |= statistics
     return found
@@ -74,28 +84,84 @@ def collect_groups(
     micro_batch: int | None = None,
     offload: bool = False,
     loss_function: LossFunction | None = None,
+    processes: Processes = ALONE,
+    workspace: Workspace = lambda site: 0,
+    remarks: list[str] | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
     """Yield the groups of sites that fit the budget, each with its sums, as `collect` does.
 
     The next group is only collected when it is asked for: drop the sums of one before that, and no more than the budget
-    is ever held.
+    is ever held. A group on which memory runs out all the same is split, and the data run again. Beside the arguments
+    of `collect`:
+
+    Args:
+        model: see there.
+        sites: see there.
+        data: see there.
+        request: see there.
+        max_batches: see there.
+        memory_budget: see there; what the work on a layer takes comes out of it, too.
+        micro_batch: see there.
+        offload: see there.
+        loss_function: see there.
+        processes: see there.
+        workspace: bytes that the work on a layer takes beside the sums.
+        remarks: takes what the user should know.
+        progress: see there.
     """
     if micro_batch is not None and micro_batch < 1:
         raise LoraInitError(f"micro_batch must be ≥ 1 or None, got {micro_batch}")
-    groups = _groups(list(sites), request, memory_budget)
+    pending = _groups(list(sites), request, memory_budget, workspace)
     store = torch.device("cpu") if offload else None
-    batches = data if len(groups) == 1 or not isinstance(data, Iterator) else list(data)
-    for group in groups:
-        with base_only(model), Watch(model, group, request, store=store) as watch:
-            bar = tqdm(desc="calibration", unit="batch", disable=not progress, leave=False)
-            for batch in iterate(batches, max_batches, request.samples, next(model.parameters()).device):
-                watch.run(batch, loss_function or summed_loss, micro_batch)
-                bar.update()
-            bar.close()
+    once = isinstance(data, Iterator) and len(pending) == 1
+    batches = list(data) if isinstance(data, Iterator) and not once else data
+    while pending:
+        group = pending.pop(0)
+        watch = Watch(model, group, request, store=store)
+        fits = _run(watch, batches, max_batches, micro_batch, loss_function or summed_loss, processes, progress)
+        if not all(processes.exchange(fits)):
+            del watch
+            memory.free()
+            if len(group) == 1 or once:
+                raise LoraInitError(
+                    f"memory ran out while the statistics of {len(group)} layers ('{group[0].name}' first) were "
+                    "collected: pass memory_budget, a smaller micro_batch or offload=True, and data that can be "
+                    "iterated more than once"
+                )
+            pending[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
+            if remarks is not None:
+                remarks.append(f"memory ran out on a group of {len(group)} layers: it was split and the data run again")
+            continue
+        add_up(watch.statistics, processes, {site.name: store or site.device for site in group})
         found = watch.finish()
         yield group, found
         del found, watch
+
+
+def _run(
+    watch: Watch,
+    batches: Iterable[Any],
+    max_batches: int | None,
+    micro_batch: int | None,
+    loss_function: LossFunction,
+    processes: Processes,
+    progress: bool,
+) -> bool:
+    """Run the model over this process's batches; return False where memory ran out on the way."""
+    device, samples = next(watch.model.parameters()).device, processes.share(watch.request.samples)
+    try:
+        with base_only(watch.model), watch:
+            bar = tqdm(desc="calibration", unit="batch", disable=not progress, leave=False)
+            for batch in iterate(batches, max_batches, samples, device, may_be_empty=processes.size > 1):
+                watch.run(batch, loss_function, micro_batch)
+                bar.update()
+            bar.close()
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -121,21 +187,25 @@ def base_only(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _groups(sites: list[LoraSite], request: Request, budget: int | None) -> list[list[LoraSite]]:
-    """Split the sites, in order, into groups whose sums fit the budget (shared inputs counted as if they were not)."""
+def _groups(sites: list[LoraSite], request: Request, budget: int | None, workspace: Workspace) -> list[list[LoraSite]]:
+    """Split the sites, in order, into groups whose sums fit the budget, beside what the work on one of them takes.
+
+    Sums that layers share are counted as if they did not.
+    """
     if budget is None:
         return [sites]
     groups: list[list[LoraSite]] = [[]]
-    held = 0
+    held = taken = 0
     for site in sites:
-        size = request.sum_bytes(site)
-        if size > budget:
+        sums, work = request.sum_bytes(site), workspace(site)
+        if sums + work > budget:
             raise LoraInitError(
-                f"layer '{site.name}' alone needs {size:,} bytes of statistics, more than memory_budget ({budget:,})"
+                f"layer '{site.name}' alone needs {sums:,} bytes of statistics and about {work:,} to be solved, more "
+                f"than memory_budget ({budget:,})"
             )
-        if held + size > budget:
+        if held + sums + max(taken, work) > budget:
             groups.append([])
-            held = 0
+            held = taken = 0
         groups[-1].append(site)
-        held += size
+        held, taken = held + sums, max(taken, work)
     return groups

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..processes import ALONE, Processes
 from ..sites import site_name
 from .batches import iterate
 
@@ -33,12 +34,19 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def data_fingerprint(data: Iterable[Any], max_batches: int | None, samples: int | None) -> str:
-    """Return a digest of the batches that a collection would consume: names, shapes, dtypes, values, in their order."""
+def data_fingerprint(
+    data: Iterable[Any], max_batches: int | None, samples: int | None, processes: Processes = ALONE
+) -> str:
+    """Return a digest of the batches that a collection would consume: names, shapes, dtypes, values, in their order.
+
+    That of several processes' shards depends on all of them, and on which process has which.
+    """
     digest = hashlib.blake2b(digest_size=20)
-    for batch in iterate(data, max_batches, samples, torch.device("cpu")):
+    cpu, shard = torch.device("cpu"), processes.share(samples)
+    for batch in iterate(data, max_batches, shard, cpu, may_be_empty=processes.size > 1):
         _add(digest, batch)
-    return digest.hexdigest()
+    found = processes.exchange(digest.hexdigest())
+    return found[0] if len(found) == 1 else hashlib.blake2b("".join(found).encode(), digest_size=20).hexdigest()
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import LoraInitError
+from ..processes import ALONE, Processes
 from ..sites import LoraSite
 from .batches import describe, forward, iterate, position_masks
 from .collect import base_only
 from .layer import LayerStatistics
 from .positions import counted, input_positions
 from .request import Request
+from .shards import add_up
 
 
 def collect_pairs(
@@ -26,6 +28,7 @@ def collect_pairs(
     proxy_data: Iterable[Any],
     request: Request,
     *,
+    processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
     """Run the base model over pairs of batches and return, by layer name, the sums over the proxy's inputs x_p.
@@ -38,6 +41,7 @@ def collect_pairs(
         data: batches as the model takes them: x_f.
         proxy_data: the batches that they are paired with, each of the same shape: x_p.
         request: for its mask, dtype and number of samples.
+        processes: those whose pairs are shards of one whole, as in `lorainit.statistics.collect.collect`.
         progress: show a progress bar.
 
     Raises:
@@ -45,7 +49,10 @@ def collect_pairs(
     """
     found = {site.name: LayerStatistics() for site in sites}
     device = next(model.parameters()).device
-    pairs = zip_longest(*(iterate(batches, None, request.samples, device) for batches in (data, proxy_data)))
+    samples, several = processes.share(request.samples), processes.size > 1
+    pairs = zip_longest(
+        *(iterate(batches, None, samples, device, may_be_empty=several) for batches in (data, proxy_data))
+    )
     with base_only(model), torch.no_grad():
         for batch, proxy in tqdm(pairs, desc="pairs", unit="batch", disable=not progress, leave=False):
             if batch is None or proxy is None:
@@ -62,6 +69,7 @@ def collect_pairs(
                 sums.add("input_sum", y.sum(0))
                 sums.add_product("input_second_moment", y.mT, y)
                 sums.add_product("cross_second_moment", y.mT, x)
+    add_up(found, processes, {site.name: site.device for site in sites})
     return found
 
 

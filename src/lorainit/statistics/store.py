@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from .._typing import Tensor
 from ..errors import LoraInitError
+from ..processes import ALONE, Processes
 from ..sites import LoraSite
 from .collect import collect
 from .fingerprints import data_fingerprint, model_fingerprint, tensor_fingerprint
@@ -95,7 +96,7 @@ def load(path: Path, sites: Collection[LoraSite], request: Request, origin: Orig
         raise
     except FileNotFoundError as error:
         raise LoraInitError(f"there are no saved statistics at '{path}'") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoraInitError(f"'{path}' is damaged or holds no statistics of lorainit ({error})") from error
 
 
@@ -107,6 +108,7 @@ def collect_cached(
     cache: str | Path,
     *,
     max_batches: int | None = None,
+    processes: Processes = ALONE,
     **options: Any,
 ) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
     """Return the sums from a cache, or collect and save them; and where they come from, for the report.
@@ -119,6 +121,7 @@ def collect_cached(
         request: what is needed.
         cache: a folder, in which the file is found by fingerprints; or one file (``.safetensors``).
         max_batches: see `collect`.
+        processes: see `collect`. The first of them writes the file; it is used where all of them can read it.
         options: of `collect`.
 
     Raises:
@@ -128,14 +131,16 @@ def collect_cached(
     is_file = cache.suffix == ".safetensors"
     if data is None and not is_file:
         raise LoraInitError(f"without data, cache must name the statistics' file itself, got the folder '{cache}'")
-    known = None if data is None else data_fingerprint(data, max_batches, request.samples)
+    known = None if data is None else data_fingerprint(data, max_batches, request.samples, processes)
     origin = Origin(model_fingerprint(model), known)
     path = cache if is_file else cache / f"{origin.model[:16]}-{(known or '')[:16]}-{_key(request, sites)}.safetensors"
-    if not path.exists() and data is not None:
-        if not is_file and (other := _covering(cache, sites, request, origin)):
+    if data is not None and not all(processes.exchange(path.exists())):
+        other = None if is_file else _covering(cache, sites, request, origin)
+        if all(processes.exchange(other is not None)) and other is not None:
             return other
-        found = collect(model, sites, data, request, max_batches=max_batches, **options)
-        save(path, found, request, origin)
+        found = collect(model, sites, data, request, max_batches=max_batches, processes=processes, **options)
+        if processes.rank == 0:
+            save(path, found, request, origin)
         return found, {"file": str(path), "collected": True, "data": known}
     return load(path, sites, request, origin), {"file": str(path), "collected": False, "data": known}
 
@@ -207,22 +212,41 @@ def _read(
     found: dict[str, LayerStatistics] = {}
     for site in sites:
         layer = header["layers"][site.name]
-        sums = LayerStatistics(**{count: layer[count] for count in _COUNTS})
+        counts = {count: layer[count] for count in _COUNTS}
+        if not all(isinstance(count, int) and count >= 0 for count in counts.values()):
+            raise LoraInitError(f"'{path}' is damaged: layer '{site.name}' has counts {counts}")
+        sums = LayerStatistics(**counts)
         sums.shared = leaders.setdefault(layer["input"], sums).shared
         for stream, size in _needed(site, request).items():
             wanted = stream if stream in layer["streams"] else _WHOLE.get(stream)
-            if wanted not in layer["streams"]:
+            if wanted is None or wanted not in layer["streams"]:
                 raise _NotCovered(f"the statistics in '{path}' lack '{stream}' of layer '{site.name}'")
             key = layer["streams"][wanted]
             if key not in read:
                 read[key] = file.get_tensor(key)
                 if tensor_fingerprint(read[key]) != header["digests"][key]:
                     raise LoraInitError(f"'{path}' is damaged: '{key}' is not what was written")
+            _check_sum(path, site, wanted, read[key], request)
             if size and wanted == stream:
                 _check_sketch(path, site, stream, read[key], size, layer["sketch_seed"], request)
             setattr(sums, wanted, read[key])  # pyright: ignore[reportArgumentType]
         found[site.name] = sums
     return found
+
+
+def _check_sum(path: Path, site: LoraSite, stream: str, value: Tensor, request: Request) -> None:
+    """Raise unless a sum is one of this layer; how long a sketch is `_check_sketch` says."""
+    n, m = site.in_features, site.out_features
+    shapes = {"input_sketch": (n, -1), "gradient_range": (m, -1), "gradient_corange": (-1, n), "input_energy": ()}
+    shapes |= {"input_second_moment": (n, n), "cross_second_moment": (n, n), "input_sum": (n,), "input_magnitude": (n,)}
+    shapes |= {"weight_gradient": (m, n), "odd_weight_gradient": (m, n)}
+    shapes |= {"output_gradient_squares": (m,), "output_gradient_second_moment": (m, m)}
+    wanted = shapes[stream]
+    fits = len(wanted) == value.dim() and all(a in (-1, b) for a, b in zip(wanted, value.shape, strict=True))
+    if not fits or value.dtype != request.dtype:
+        raise LoraInitError(
+            f"'{path}' is damaged: '{stream}' of layer '{site.name}' is {value.dtype} of shape {tuple(value.shape)}"
+        )
 
 
 def _check_sketch(

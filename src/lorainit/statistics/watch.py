@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import LoraInitError, NonFiniteError
 from ..sites import LoraSite
 from ..sketches import test_matrix
-from .batches import LossFunction, count_rows, count_terms, forward, position_masks, split_rows
+from .batches import NO_BATCH, LossFunction, count_rows, count_terms, forward, position_masks, split_rows
 from .inputs import add_inputs
 from .layer import LayerStatistics
 from .output_gradients import add_output_gradients
@@ -128,10 +128,12 @@ class Watch:
         """Complete the sums and hand them over.
 
         Raises:
-            LoraInitError: a layer that saw no token.
+            LoraInitError: a layer that saw no token, or none that saw any data.
             NonFiniteError: a sum that overflowed.
         """
         found, self.statistics = self.statistics, {}
+        if not any(statistics.sequences for statistics in found.values()):
+            raise LoraInitError(NO_BATCH)
         unseen = [name for name, statistics in found.items() if statistics.tokens == 0]
         if unseen:
             raise LoraInitError(f"layer '{unseen[0]}' saw no token of the calibration data ({len(unseen)} such layers)")

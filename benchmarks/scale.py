@@ -1,0 +1,298 @@
+"""What starts cost as models grow: seconds and memory against width, depth, tokens, rank and processes.
+
+    OMP_NUM_THREADS=1 python benchmarks/scale.py --output benchmarks/results/scale.json
+
+Blocks of random weights with the layers of a LLaMA's MLP (up and down, ratio 2.6875) run on random inputs. Every
+measurement is made in a fork of a process that has imported everything: CPU seconds (the machine may be shared), least
+of the repeats, and the peak of resident memory above the model's. ``wide``: LLaMA-2-7B's own 4096×11008 layers beside
+6 GiB. ``budget``: the measured peak beside ``memory_budget``. Exponents: least squares of log cost on log size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import socket
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, distributed, multiprocessing, nn
+
+import lorainit
+from lorainit import cost, provenance
+
+GIB, MIB = 2**30, 2**20
+WIDE, INNER = 4096, 11008
+METHODS = ("loram", "eva", "corda", "cntlora", "lora-ga", "lora-one", "lora-da")
+BASE = {"width": 512, "depth": 2, "tokens": 1024, "rank": 16}
+SWEEPS = {"width": (256, 512, 1024), "depth": (1, 2, 4), "tokens": (512, 1024, 4096), "rank": (4, 16, 64)}
+BUDGETED: dict[str, Any] = {
+    "corda": lorainit.CorDA(),
+    "eva, full moment": lorainit.EVA(sketch=False),
+    "cntlora": lorainit.CNTLoRA(),
+    "lora-da": lorainit.LoRADA(),
+}
+WIDE_METHODS: dict[str, Any] = {
+    "corda": lorainit.CorDA(),
+    "eva, full moment": lorainit.EVA(sketch=False),
+    "eva": lorainit.EVA(),
+    "cntlora, top_k=64": lorainit.CNTLoRA(top_k=64),
+    "lora-da": lorainit.LoRADA(),
+    "lora-ga": lorainit.LoRAGA(),
+    "lora-one": lorainit.LoRAOne(),
+}
+SLOW = {"cntlora": lorainit.CNTLoRA()}  # a full eigendecomposition of 11008×11008: minutes
+TARGETS = {"up": (WIDE, INNER), "down": (INNER, WIDE)}
+
+
+class Blocks(nn.Module):
+    """Residual blocks of two linear layers, with the interface of a Transformers classifier."""
+
+    def __init__(self, width: int, inner: int, depth: int) -> None:
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(width, inner, bias=False) for _ in range(depth))
+        self.down = nn.ModuleList(nn.Linear(inner, width, bias=False) for _ in range(depth))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> types.SimpleNamespace:
+        """Return the outputs, and a loss where there are labels."""
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(nn.functional.silu(up(x)))
+        loss = None if labels is None else nn.functional.cross_entropy(x[:, -1, :32], labels)
+        return types.SimpleNamespace(logits=x, loss=loss)
+
+
+def built(width: int, depth: int, rank: int, targets: tuple[str, ...] = ("up", "down"), inner: int = 0) -> PeftModel:
+    """Return blocks of random weights with a fresh adapter on some of their layers."""
+    torch.default_generator.manual_seed(0)
+    blocks = Blocks(width, inner or width * INNER // WIDE, depth)
+    names = [f"{kind}.{index}" for kind in targets for index in range(depth)]
+    return get_peft_model(blocks, LoraConfig(r=rank, target_modules=names))  # pyright: ignore[reportReturnType]
+
+
+def batches(width: int, tokens: int) -> list[dict[str, Tensor]]:
+    """Return batches of four rows with so many tokens altogether."""
+    generator = torch.Generator().manual_seed(1)
+    rows = tokens // 64
+    x = torch.randn(rows, 64, width, generator=generator)
+    labels = torch.randint(32, (rows,), generator=generator)
+    return [{"x": x[i : i + 4], "labels": labels[i : i + 4]} for i in range(0, rows, 4)]
+
+
+def measured(model: PeftModel, method: Any, data: list[dict[str, Tensor]], **options: Any) -> dict[str, Any]:
+    """Return the cost of one start, and of bare passes over the same data."""
+    needs_gradients = "backward" in lorainit.methods.get_method(method).info.needs
+    with cost.measure() as bare:
+        begin = time.process_time()
+        for batch in data:
+            with torch.set_grad_enabled(needs_gradients):
+                x = batch["x"].clone().requires_grad_(needs_gradients)
+                loss = model(x=x, labels=batch["labels"]).loss
+            if needs_gradients:
+                torch.autograd.grad(loss, x)
+            del x, loss
+        passes = time.process_time() - begin
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would hide the start's own peak
+    with cost.measure() as spent:
+        begin = time.process_time()
+        lorainit.initialize(model, method, data=data, progress=False, **options)
+        seconds = time.process_time() - begin
+    return {
+        "seconds": seconds,
+        "bare_seconds": passes,
+        "peak_bytes": spent.peak_bytes,
+        "bare_peak_bytes": bare.peak_bytes,
+    }
+
+
+def forked(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what a child process finds: its peak is its own."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            torch.set_num_threads(1)
+            os.write(writer, json.dumps(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise RuntimeError("a measurement has failed; its traceback is above")
+    return json.loads(text)
+
+
+def sweep(repeats: int) -> list[dict[str, Any]]:
+    """Vary one size at a time."""
+    rows = []
+    for method in METHODS:
+        for size, values in SWEEPS.items():
+            for value in values:
+                at = BASE | {size: value}
+
+                def work(at: dict[str, int] = at, method: str = method) -> dict[str, Any]:
+                    model, data = built(at["width"], at["depth"], at["rank"]), batches(at["width"], at["tokens"])
+                    return measured(model, method, data)
+
+                runs = [forked(work) for _ in range(repeats)]
+                rows.append({"method": method, "varied": size, **at, **min(runs, key=lambda run: run["seconds"])})
+    return rows
+
+
+def exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return d log(seconds) / d log(size) by method and size, from least squares."""
+    found: dict[str, dict[str, float]] = {}
+    for method in METHODS:
+        for size in SWEEPS:
+            chosen = [row for row in rows if row["method"] == method and row["varied"] == size]
+            x, y = (np.log([row[key] for row in chosen]) for key in (size, "seconds"))
+            found.setdefault(method, {})[size] = float(np.polyfit(x, y, 1)[0])
+    return found
+
+
+def budget() -> list[dict[str, Any]]:
+    """Measure the peak under a memory budget, above that of bare passes over the data."""
+    rows = []
+    for name, method in BUDGETED.items():
+        for amount in (320 * MIB, 480 * MIB):
+
+            def work(method: Any = method, amount: int = amount) -> dict[str, Any]:
+                return measured(built(1024, 5, 16), method, batches(1024, 512), memory_budget=amount)
+
+            found = forked(work)
+            rows.append({"method": name, "budget_bytes": amount, **found})
+            rows[-1]["peak_over_budget"] = found["peak_bytes"] / amount
+            print(f"budget  {name:18} {amount / MIB:5.0f} MiB: peak {found['peak_bytes'] / MIB:6.0f} MiB", flush=True)
+    return rows
+
+
+def wide(methods: dict[str, Any]) -> list[dict[str, Any]]:
+    """Start one layer of LLaMA-2-7B's MLP at a time; the batches are 512 tokens."""
+    rows = []
+    for name, method in methods.items():
+        for target, (inputs, outputs) in TARGETS.items():
+
+            def work(method: Any = method, target: str = target) -> dict[str, Any]:
+                return measured(built(WIDE, 1, 16, (target,), INNER), method, batches(WIDE, 512))
+
+            found = forked(work)
+            rows.append({"method": name, "inputs": inputs, "outputs": outputs, **found})
+            print(
+                f"wide    {name:18} {inputs}→{outputs}: {found['seconds']:.1f} s, bare {found['bare_seconds']:.1f} s, "
+                f"peak {found['peak_bytes'] / GIB:.2f} GiB",
+                flush=True,
+            )
+    return rows
+
+
+def processes() -> list[dict[str, Any]]:
+    """Start the same model from the same data in one, two and three processes."""
+    rows = []
+    for method in ("pissa", "eva", "corda", "lora-one"):
+        for size in (1, 2, 3):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+
+            def work(method: str = method, size: int = size, port: int = port) -> dict[str, Any]:
+                queue = multiprocessing.get_context("fork").SimpleQueue()
+                multiprocessing.start_processes(
+                    _in_a_process, (size, port, method, queue), nprocs=size, start_method="fork"
+                )
+                each = [queue.get() for _ in range(size)]
+                return {key: [run[key] for run in each] for key in ("wall_seconds", "cpu_seconds")}
+
+            found = forked(work)
+            wall, cpu = max(found["wall_seconds"]), sum(found["cpu_seconds"])
+            rows.append({"method": method, "processes": size, "wall_seconds": wall, "cpu_seconds": cpu})
+    return rows
+
+
+def _in_a_process(rank: int, size: int, port: int, method: str, queue: Any) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    model, data = built(512, 4, 16), batches(512, 4096)[rank::size]
+    distributed.barrier()
+    begin, used = time.perf_counter(), time.process_time()
+    lorainit.initialize(model, method, data=data, progress=False)
+    queue.put({"wall_seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - used})
+    distributed.destroy_process_group()
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the results as markdown."""
+    about = ", ".join(f"{package} {version}" for package, version in result["provenance"]["versions"].items())
+    lines = [
+        "# What starts cost as models grow",
+        "",
+        f"r = {BASE['rank']}, float32, one thread, random weights and inputs; {about}.",
+        "CPU seconds; peak: resident memory above the model's. `benchmarks/scale.py` says how it was measured.",
+        "",
+        "## LLaMA-2-7B's MLP layers beside 6 GiB (512 tokens)",
+        "",
+        "| method | layer (in→out) | start, s | bare passes, s | above the passes, s | peak, GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["wide"]:
+        lines.append(
+            f"| {row['method']} | {row['inputs']}→{row['outputs']} | {row['seconds']:.1f} | "
+            f"{row['bare_seconds']:.1f} | {row['seconds'] - row['bare_seconds']:.1f} | "
+            f"{row['peak_bytes'] / GIB:.2f} |"
+        )
+    lines += ["", "## Peak beside `memory_budget` (5 blocks, width 1024, 10 layers)", ""]
+    lines += [
+        "| method | budget, MiB | peak, MiB | peak / budget | peak of bare passes, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["budget"]:
+        lines.append(
+            f"| {row['method']} | {row['budget_bytes'] / MIB:.0f} | {row['peak_bytes'] / MIB:.0f} | "
+            f"{row['peak_over_budget']:.2f} | {row['bare_peak_bytes'] / MIB:.0f} |"
+        )
+    lines += ["", "## Exponents of the seconds", "", f"Around {BASE}; three sizes each: {SWEEPS}.", ""]
+    lines += ["| method | " + " | ".join(SWEEPS) + " |", "|---|" + "---|" * len(SWEEPS)]
+    for method, found in result["exponents"].items():
+        lines.append(f"| {method} | " + " | ".join(f"{found[size]:.2f}" for size in SWEEPS) + " |")
+    lines += ["", "## Processes (width 512, 4 blocks, 4096 tokens in all; a machine of two cores, shared)", ""]
+    lines += ["| method | processes | wall s | CPU s of all |", "|---|---|---|---|"]
+    for row in result["processes"]:
+        lines.append(f"| {row['method']} | {row['processes']} | {row['wall_seconds']:.2f} | {row['cpu_seconds']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what is asked for and write JSON and the table beside it; parts that are not asked for are kept."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/scale.json"))
+    parser.add_argument("--parts", nargs="+", default=["wide", "budget", "sweep", "processes"])
+    parser.add_argument("--repeats", type=int, default=2)
+    arguments = parser.parse_args()
+    result = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    result["provenance"] = provenance.collect()
+    if "wide" in arguments.parts:
+        result["wide"] = wide(WIDE_METHODS)
+    if "slow" in arguments.parts:
+        result["wide"] = [r for r in result.get("wide", []) if r["method"] not in SLOW] + wide(SLOW)
+    if "budget" in arguments.parts:
+        result["budget"] = budget()
+    if "processes" in arguments.parts:
+        result["processes"] = processes()
+    if "sweep" in arguments.parts:
+        result["sweep"] = sweep(arguments.repeats)
+        result["exponents"] = exponents(result["sweep"])
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    if all(part in result for part in ("wide", "budget", "exponents", "processes")):
+        arguments.output.with_suffix(".md").write_text(table(result))
+
+
+if __name__ == "__main__":
+    main()

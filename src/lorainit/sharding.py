@@ -1,0 +1,82 @@
+"""Tensors that are spread over processes (FSDP2): put together to be computed with, cut to be written."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+_LATER = "start the adapter before the model is sharded, and load or broadcast it then"
+
+
+def is_sharded(tensor: object) -> bool:
+    """Say whether something is a `torch.distributed.tensor.DTensor`."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what of a tensor lies in this process."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor; where it is sharded every process must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def cut_like(value: Tensor, reference: Tensor) -> Tensor:
+    """Return a value that every process has whole as the reference is: in the same shards, or as it is."""
+    if not is_sharded(reference):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = reference.device_mesh, reference.placements  # pyright: ignore[reportAttributeAccessIssue]
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
+def replicated_like(value: Tensor, reference: Tensor) -> Tensor:
+    """Return a value that every process has whole so that it can be combined with the reference: sharded, or not."""
+    if not is_sharded(reference):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = reference.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def wrapping(model: nn.Module) -> Literal["fsdp1", "fsdp2"] | None:
+    """Return by which form of FSDP the parameters of a model, or some of them, are sharded."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return "fsdp1"
+    return "fsdp2" if any(isinstance(module, FSDPModule) for module in model.modules()) else None
+
+
+def obstacle(weight: object, base_layer: nn.Module, wrapped: Literal["fsdp1", "fsdp2"] | None) -> str | None:
+    """Return why a base weight cannot be read in this process, and what to do; None: it can.
+
+    Args:
+        weight: the base layer's parameter.
+        base_layer: the layer.
+        wrapped: see `wrapping`.
+    """
+    if not isinstance(weight, Tensor):
+        return None
+    found: str | None = None
+    if hasattr(weight, "ds_id"):
+        found = f"holds a weight that is partitioned by DeepSpeed ZeRO-3; {_LATER}"
+    elif wrapped == "fsdp1":
+        found = f"is sharded by FSDP1 (FullyShardedDataParallel); use FSDP2 (fully_shard), or {_LATER}"
+    elif is_sharded(weight):
+        placements: Any = weight.placements  # pyright: ignore[reportAttributeAccessIssue]
+        if wrapped != "fsdp2" or sum(not p.is_replicate() for p in placements) > 1:
+            found = f"holds a weight that is split by tensor parallelism (a DTensor that is not FSDP2's); {_LATER}"
+    elif weight.device.type == "meta" and getattr(getattr(base_layer, "_hf_hook", None), "offload", False):
+        found = "holds a weight that is offloaded (device_map to CPU or disk); load the model without offload"
+    elif weight.device.type == "meta":
+        found = "is on the meta device and holds no values; load or materialize the model first"
+    return found

@@ -1,0 +1,151 @@
+"""Hostile conditions, for real: kill -9, no memory, files that were made to mislead, numbers that overflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import cases
+import lorainit
+import victims
+from cases import CONV, LLAMA
+from lorainit import LoraInitError, NonFiniteError, memory, solving
+from lorainit.processes import Processes
+from lorainit.statistics import Request, collect
+from lorainit.statistics.fingerprints import tensor_fingerprint
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, victims.__file__, str(tmp_path_factory.mktemp("victims"))]
+    here = Path(victims.__file__).parent
+    done = subprocess.run(command, env=environment, cwd=here, timeout=240, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return json.loads(done.stdout.decode().splitlines()[-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
+def test_killed_or_starved_processes_leave_everything_usable(outcome) -> None:
+    """One test: its script runs once, whatever the number of workers that test."""
+    assert outcome["signals"] == [signal.SIGKILL] * 3
+    left = outcome["left"]
+    assert left["eva"] == {"collected": True, "same": True}  # killed while it collected: nothing was saved
+    assert left["corda"] == {"collected": False, "same": True}  # killed while it solved: the sums are there
+    assert left["adapter"]  # killed while it saved
+    starved = outcome["starved"]
+    assert starved["same"]
+    assert "memory ran out on a group of 24 layers: it was split and the data run again" in starved["warnings"]
+    message = outcome["starved to death"]["message"]
+    assert "memory ran out while the statistics of 24 layers" in message
+    assert "iterated more than once" in message
+
+
+def too_much() -> torch.Tensor:
+    return torch.empty(2**60)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_layer_without_memory_comes_back_starved_unless_it_is_alone(alone) -> None:
+    model = LLAMA.adapted()
+    sites = lorainit.find_sites(model)[0][:2]
+    known = {site.name: (lorainit.statistics.LayerStatistics(),) for site in sites}
+
+    def work(site: Any, _: Any) -> Any:
+        return None, [too_much() if site is sites[0] else torch.ones(1)]
+
+    found = solving.each_layer(sites, known, work, Processes(None), skip="error", alone=alone)
+    if alone:
+        with pytest.raises(LoraInitError, match="layer 'model.layers.0.self_attn.q_proj': memory does not suffice"):
+            list(found)
+        return
+    first, second = found
+    assert first.starved
+    assert not second.starved
+    assert second.tensors[0] == 1
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    assert memory.ran_out(MemoryError())
+    assert memory.ran_out(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not memory.ran_out(RuntimeError("shapes cannot be multiplied"))
+    assert not memory.ran_out(ValueError("out of memory"))
+    with pytest.raises(RuntimeError) as real:
+        too_much()
+    assert memory.ran_out(real.value)
+
+
+def forged(file: Path, change: Any) -> None:
+    """Change a file of statistics and its digests with it, as somebody would who means to mislead."""
+    with safe_open(file, framework="pt") as opened:
+        header = json.loads(opened.metadata()["lorainit"])
+    tensors = load_file(file)
+    change(header, tensors)
+    header["digests"] = {key: tensor_fingerprint(tensor) for key, tensor in tensors.items()}
+    save_file(tensors, file, {"lorainit": json.dumps(header)})
+
+
+def first(layers: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(layers.values()))
+
+
+FORGERIES = {
+    "another shape": lambda header, tensors: tensors.update({k: v[:3, :3].clone() for k, v in tensors.items()}),
+    "another dtype": lambda header, tensors: tensors.update({k: v.long() for k, v in tensors.items()}),
+    "NaN": lambda header, tensors: [tensor.fill_(torch.nan) for tensor in tensors.values()],
+    "a count that is none": lambda header, tensors: first(header["layers"]).update(tokens="many"),
+    "a negative count": lambda header, tensors: first(header["layers"]).update(tokens=-1),
+    "no tokens": lambda header, tensors: first(header["layers"]).update(tokens=0),
+    "layers that are none": lambda header, tensors: header.update(layers=[1]),
+    "a tensor that is not there": lambda header, tensors: first(header["layers"])["streams"].update(
+        input_second_moment="../../other"
+    ),
+}
+
+
+@pytest.mark.parametrize("change", FORGERIES.values(), ids=FORGERIES)
+def test_forged_statistics_are_refused_and_the_model_is_left_alone(change, tmp_path) -> None:
+    cases.start(LLAMA.adapted(), "corda", data=LLAMA.batches(), cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    forged(file, change)
+    model = LLAMA.adapted()
+    before = cases.Snapshot.of(model)
+    with pytest.raises(LoraInitError, match=r"layer 'model\.|" + file.name):
+        cases.start(model, "corda", cache=file)
+    before.assert_unchanged(model)
+
+
+def test_squares_that_overflow_float16_are_summed() -> None:
+    """Inputs of 1000: their squares are beyond 65504, the sums in float32 are right."""
+    case = CONV
+    model = case.adapted(torch.float16)
+    batch = {k: v * 300 if v.is_floating_point() else v for k, v in case.batches(torch.float16)[0].items()}
+    sites = [site for site in lorainit.find_sites(model)[0] if site.kind == "conv"][:1]
+    request = Request(frozenset({"input_second_moment"}))
+    sums = collect(model, sites, [batch], request, progress=False)[sites[0].name].input_second_moment
+    assert sums is not None
+    assert sums.dtype == torch.float32
+    assert float(sums.diagonal().max()) > torch.finfo(torch.float16).max
+    assert sums.isfinite().all()
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_number_that_is_none_is_located_by_layer_and_batch(poison, micro_batch) -> None:
+    good, bad = CONV.batches()[0], CONV.batches()[0]
+    bad["pixel_values"][1, 0, 0, 0] = poison
+    model = CONV.adapted(r=2)
+    before = cases.Snapshot.of(model)
+    with pytest.raises(NonFiniteError, match=r"layer '\w+', batch 2: NaN or infinite entries in its inputs"):
+        cases.start(model, "eva", data=[good, good, bad, good], micro_batch=micro_batch)
+    before.assert_unchanged(model)
