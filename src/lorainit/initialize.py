@@ -7,7 +7,7 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from peft.tuners.lora import LoraLayer
@@ -33,6 +33,7 @@ from .linalg import product_norm
 from .methods import Factors, Method, get_method
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
+from .quantized import differentiable
 from .ranks import RankRule, Rule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
@@ -122,7 +123,7 @@ def initialize(
         check_can_subtract(model, sites)
 
     layers = lora_layers(model, adapter_name)
-    with all_or_nothing() as undo:
+    with all_or_nothing() as undo, differentiable(model):
         scalings = rescale.begin(model, adapter_name, undo, needed=match_lr)
         with measure() as cost:
             saved: dict[str, Any] = {}
@@ -329,7 +330,14 @@ def _left_alone(name: str, layer: LoraLayer, adapter_name: str, reason: str) -> 
 
 
 def _options(method: Method) -> dict[str, Any]:
-    """Return a method's options as JSON types; a nested method becomes its name and options, a module its class."""
-    options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    options = {k: type(v).__name__ if isinstance(v, nn.Module) else v for k, v in options.items()}
-    return {k: {"method": v.info.name, **_options(v)} if isinstance(v, Method) else v for k, v in options.items()}
+    """Return a method's options as JSON types."""
+    return {f.name: _as_json(getattr(method, f.name)) for f in dataclasses.fields(method)}
+
+
+def _as_json(option: Any) -> Any:
+    """Return an option as a JSON type: a nested method's name and options; the class of a module or a state dict."""
+    if isinstance(option, Method):
+        return {"method": option.info.name, **_options(option)}
+    if isinstance(option, os.PathLike):
+        return os.fspath(option)
+    return type(option).__name__ if isinstance(option, (nn.Module, Mapping)) else option

@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -17,10 +16,10 @@ from . import offset
 from ._typing import Float, Tensor
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from .linalg import frobenius_norm
+from .quantized import dequantized, is_quantized
 
 _PEFT_PREFIX = "base_model.model."
 _KINDS = ("linear", "conv1d", "conv")
-_QUANTIZED_CLASSES = ("Linear4bit", "Linear8bitLt")
 # PEFT's variants of LoRA that apply B and A as plain LoRA does; the others put something between them or freeze one
 _PLAIN_VARIANTS = ("Dora", "ALora")
 # values of init_lora_weights for which PEFT edits the base weight
@@ -86,8 +85,11 @@ class LoraSite:
     def stored_weight(self) -> Float[Tensor, "out in"]:
         """Return the base weight as out×in in the dtype it is stored in: a view, unless it has to be dequantized."""
         base = self.base_layer
-        if type(base).__name__ in _QUANTIZED_CLASSES:
-            return dequantize_module_weight(base).detach()
+        if is_quantized(base):
+            try:
+                return dequantized(base)
+            except ValueError as error:
+                raise UnsupportedLayerError(f"layer '{self.name}': {error}") from error
         weight = base.weight.detach()  # pyright: ignore[reportCallIssue]
         if self.kind == "conv1d":
             return weight.T
@@ -218,7 +220,7 @@ def _kind(layer: LoraLayer, adapter: str, of_embeddings: set[int]) -> str:
         kind = "factors shared with the adapter of the embedding (ensure_weight_tying) are not supported"
     elif isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         kind = _convolution_kind(base)
-    elif isinstance(base, (Conv1D, nn.Linear)) or type(base).__name__ in _QUANTIZED_CLASSES:
+    elif isinstance(base, (Conv1D, nn.Linear)) or is_quantized(base):
         # fan_in_fan_out: the weight is stored transposed, as in GPT-2's Conv1D
         kind = "conv1d" if isinstance(base, Conv1D) or getattr(layer, "fan_in_fan_out", False) else "linear"
     else:

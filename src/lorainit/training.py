@@ -219,7 +219,7 @@ def _calibration(
     method: Method, recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, train_set: Dataset | None = None
 ) -> Dataset | None:
     """Return the encoded rows that a data-driven start sees; None for a data-free one."""
-    if not method.info.needs:
+    if not method.info.needs_data:
         return None
     wanted = recipe.calibration
     if wanted.split is not None and wanted.file is not None:
