@@ -44,6 +44,7 @@ from .adapter_folder import (
 from .apply import all_or_nothing
 from .errors import LoraInitError
 from .linalg import truncate_product
+from .quantized import unpacked
 from .report import InitReport
 from .resize import resize
 from .sites import find_sites, lora_layers, pattern_name, site_name
@@ -123,7 +124,8 @@ def save_pretrained(
     if not isinstance(config, LoraConfig):
         raise LoraInitError(f"{type(model).__name__} holds no LoraConfig for adapter '{adapter_name}'")
     check_plain(config, f"adapter '{adapter_name}'")
-    tensors = _adapter_tensors(get_peft_model_state_dict(model, adapter_name=adapter_name))
+    with unpacked(model):
+        tensors = _adapter_tensors(get_peft_model_state_dict(model, adapter_name=adapter_name))
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     ranks: dict[str, tuple[int, float]] = {}
     for name, layer in layers:
@@ -229,7 +231,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
     tensors = _adapter_tensors(read_adapter(path)[1])
     sites, _ = find_sites(model, adapter_name)
     ratios = {row.name: row.rate_ratio for row in report.layers if row.rate_ratio is not None}
-    with all_or_nothing() as undo:
+    with all_or_nothing() as undo, unpacked(model):
         scalings = rescale.begin(model, adapter_name, undo, needed=bool(ratios))
         if report.ranks["rule"] != "fixed":
             ranks = {row.name: row.rank for row in report.layers}
@@ -282,7 +284,8 @@ def merge(model: nn.Module, *, adapter_name: str = "default") -> nn.Module:
             if config is not None and getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False
     try:
-        return model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
+        with unpacked(model):
+            return model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise LoraInitError(f"adapter '{adapter_name}' cannot be merged: {error}") from error
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoint, rescale
@@ -33,7 +33,7 @@ from .linalg import product_norm
 from .methods import Factors, Method, get_method
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
-from .quantized import differentiable
+from .quantized import unpacked
 from .ranks import RankRule, Rule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
@@ -123,7 +123,7 @@ def initialize(
         check_can_subtract(model, sites)
 
     layers = lora_layers(model, adapter_name)
-    with all_or_nothing() as undo, differentiable(model):
+    with all_or_nothing() as undo, unpacked(model):
         scalings = rescale.begin(model, adapter_name, undo, needed=match_lr)
         with measure() as cost:
             saved: dict[str, Any] = {}
@@ -340,4 +340,5 @@ def _as_json(option: Any) -> Any:
         return {"method": option.info.name, **_options(option)}
     if isinstance(option, os.PathLike):
         return os.fspath(option)
-    return type(option).__name__ if isinstance(option, (nn.Module, Mapping)) else option
+    tensors = isinstance(option, Mapping) and any(isinstance(value, Tensor) for value in option.values())
+    return type(option).__name__ if tensors or isinstance(option, nn.Module) else option

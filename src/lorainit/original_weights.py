@@ -35,7 +35,7 @@ def original_weight(source: Source, layer: str) -> Tensor:
         file = files[_matching(files, layer, str(path))] if files else _single(path)
         with safe_open(file, framework="pt") as tensors:
             return tensors.get_tensor(_matching(tensors.keys(), layer, str(file)))
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, LoraInitError):
             raise
         raise LoraInitError(f"{path}: the original weights cannot be read: {error!r}") from error

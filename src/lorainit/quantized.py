@@ -59,24 +59,25 @@ def dequantized(module: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """Keep 4-bit weights of bitsandbytes in the layout that has a backward pass; put them back as they were.
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Keep 4-bit weights of bitsandbytes in their usual layout; put them back as they were.
 
-    On a CPU with AVX512-BF16 a layer in eval mode repacks its weight in place at the first inference, and no gradient
-    passes through it from then on.
+    On a CPU with AVX512-BF16 a layer in eval mode repacks its weight in place at the first inference. From then on no
+    gradient passes through it, and ``state_dict()`` quantizes its scales anew, in place, with other values.
     """
     # PEFT's wrappers show the weight of what they wrap; older versions of bitsandbytes do not repack
     layers: list[Any] = [m for m in model.modules() if "support_avx512bf16_for_cpu" in vars(m)]
-    before = [(m, m.weight.data, m.weight.quant_state, m.support_avx512bf16_for_cpu) for m in layers]
+    weights = [layer.weight for layer in layers]
+    before = [(m, w, w.data, w.quant_state, m.support_avx512bf16_for_cpu) for m, w in zip(layers, weights, strict=True)]
     try:
         for layer in layers:
             layer.support_avx512bf16_for_cpu = False
             if _is_packed(layer.weight):
-                layer.weight.data, layer.weight.quant_state = _unpacked(layer.weight)
+                layer.weight.data, layer.weight.quant_state = _in_usual_layout(layer.weight)
         yield
     finally:
-        for layer, data, state, packs in before:
-            layer.weight.data, layer.weight.quant_state = data, state
+        for layer, weight, data, state, packs in before:  # a merge has given the layer another weight
+            weight.data, weight.quant_state = data, state
             layer.support_avx512bf16_for_cpu = packs
 
 
@@ -84,7 +85,7 @@ def _is_packed(weight: Any) -> bool:
     return bool(getattr(weight.quant_state, "packing_format_for_cpu", False))
 
 
-def _unpacked(weight: Any) -> tuple[Tensor, Any]:
+def _in_usual_layout(weight: Any) -> tuple[Tensor, Any]:
     """Return data and state in the usual layout, the scales with the bfloat16 that packing has rounded them to."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
@@ -98,5 +99,5 @@ def _unpacked(weight: Any) -> tuple[Tensor, Any]:
 def _dequantized_4bit(weight: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    data, state = _unpacked(weight) if _is_packed(weight) else (weight.data, weight.quant_state)
+    data, state = _in_usual_layout(weight) if _is_packed(weight) else (weight.data, weight.quant_state)
     return dequantize_4bit(data, state).detach()
