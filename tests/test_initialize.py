@@ -709,7 +709,6 @@ def odd_net(**odd):
 
 ODD = {
     "embedding": (lambda: odd_net(tokens=Tokens(), odd=nn.Embedding(8, 6)), {}, "embedding"),
-    "experts": (lambda: odd_net(odd=Experts()), {"target_parameters": ["odd.up"]}, "expert"),
     "grouped": (lambda: odd_net(odd=nn.Conv2d(4, 4, 3, groups=2)), {}, r"groups=2"),
     "dilated": (lambda: odd_net(odd=nn.Conv2d(4, 4, 3, dilation=2, padding="same")), {}, r"dilat"),
     "circular": (lambda: odd_net(odd=nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), {}, r"circular"),

@@ -60,7 +60,7 @@ class Undo:
                 if edited is not None:
                     for module, frozen in zip(pair, copies[2:], strict=True):
                         offset.trained_factor(module).copy_(frozen)
-                    offset.attach(*pair, base_edited=edited)
+                    offset.attach(*pair, base_edited=edited, experts=site.experts)
                 for module, trained in zip(pair, copies[:2], strict=True):
                     offset.trained_factor(module).copy_(trained)
         for put_back in reversed(self._calls):  # last: they may put modules back that the tensors are not of
@@ -104,7 +104,7 @@ def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
             return False
         if base == "subtract":
             _subtract(site, undo)
-        offset.attach(*pair, base_edited=base == "subtract")
+        offset.attach(*pair, base_edited=base == "subtract", experts=site.experts)
     return True
 
 
@@ -164,6 +164,10 @@ def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for site in sites:
+        if site.kind == "experts":
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': base='subtract' does not edit expert parameters; use base='offset'"
+            )
         weight = getattr(site.base_layer, "weight", None)
         if not (isinstance(weight, Tensor) and weight.dtype.is_floating_point and type(weight) is nn.Parameter):
             raise UnsupportedLayerError(

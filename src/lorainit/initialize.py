@@ -28,8 +28,8 @@ from .calibration import (
 )
 from .cost import measure
 from .errors import LoraInitError, UnsupportedLayerError
+from .experts import Experts, find_experts, stack_factors
 from .generators import layer_generator
-from .linalg import product_norm
 from .methods import Factors, Method, get_method
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
@@ -118,6 +118,12 @@ def initialize(
     rule = rank_rule(ranks, method)
     treatment: Base = base if base != "auto" else "offset" if method.product == "preserve" else "keep"
     sites, unsupported = find_sites(model, adapter_name)
+    experts, refused = find_experts(model, adapter_name)
+    if reason := _not_for_experts(method, rule, match_lr):
+        refused |= {stack.name: reason for stack in experts}
+    sites += [stack for stack in experts if stack.name not in refused]
+    started = {site.name for site in sites}
+    unsupported = {name: why for name, why in (unsupported | refused).items() if name not in started}
     _check_startable(model, adapter_name, sites, unsupported, method, on_unsupported)
     if treatment == "subtract":
         check_can_subtract(model, sites)
@@ -217,6 +223,15 @@ def _check_startable(
         )
 
 
+def _not_for_experts(method: Method, rule: RankRule, match_lr: bool) -> str | None:
+    """Return why expert parameters cannot be started like this; None if they can."""
+    if method.info.needs_data or method.request is not None:
+        return f"{method.info.name} needs to know what each expert sees, and experts in one module cannot be watched"
+    if rule.rule != "fixed":
+        return f"ranks={rule.rule!r} does not share out the rank of expert parameters"
+    return "match_lr does not go with expert parameters" if match_lr else None
+
+
 def _fit(
     model: nn.Module, sites: list[LoraSite], method: Method, batches: Iterable[Any] | None, seed: int, progress: bool
 ) -> Fit:
@@ -255,9 +270,9 @@ def _start_layer(site: LoraSite, *, method: Method, seed: int, base: Base, undo:
     with own_precision(site.device):
         with warnings.catch_warnings(record=True) as remarks:  # they belong in this layer's row
             warnings.simplefilter("always")
-            start = start_layer(method, site, layer_generator(seed, site.name), *known)
+            start = _factors(method, site, seed, known)
         held = write_start(site, start, base, undo)
-        size = site.scaling * product_norm(*site.factors())
+        size = site.update_norm()
     return LayerReport(
         name=site.name,
         kind=site.kind,
@@ -270,6 +285,17 @@ def _start_layer(site: LoraSite, *, method: Method, seed: int, base: Base, undo:
         extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
         warnings=(*(str(r.message) for r in remarks), *_layer_warnings(site, size, weight_norm, base)),
     )
+
+
+def _factors(method: Method, site: LoraSite, seed: int, known: Known) -> Factors:
+    """Return the start of a layer; of expert parameters, that of every expert."""
+    if isinstance(site, Experts):
+        starts = [start_layer(method, expert, layer_generator(seed, expert.name)) for expert in site.members]
+        for expert, factors in zip(site.members, starts, strict=True):
+            if not any(bool(factor.any()) for factor in factors):
+                raise UnsupportedLayerError(f"'{expert.name}': the start is dead, A = B = 0; is the weight zero?")
+        return Factors(*stack_factors(starts))
+    return start_layer(method, site, layer_generator(seed, site.name), *known)
 
 
 def _match(site: LoraSite, row: LayerReport, undo: Undo) -> LayerReport:
@@ -285,7 +311,7 @@ def _move(site: LoraSite, row: LayerReport, factors: Factors | None) -> LayerRep
     if factors is None:
         return row
     write_factors(site, factors)
-    size, norm = site.scaling * product_norm(*site.factors()), site.weight_norm
+    size, norm = site.update_norm(), site.weight_norm
     base = "keep" if row.base == "none" and size > 0 else row.base
     remarks = (*row.warnings, *_layer_warnings(site, size, norm, "keep")) if base == "keep" else row.warnings
     return dataclasses.replace(

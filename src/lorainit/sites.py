@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from . import offset
 from ._typing import Float, Tensor
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
-from .linalg import frobenius_norm
+from .linalg import frobenius_norm, product_norm
 from .quantized import dequantized, is_quantized
 
 _PEFT_PREFIX = "base_model.model."
@@ -34,7 +34,8 @@ class LoraSite:
         name: module path in the base model (without PEFT's ``base_model.model.``), as in the saved adapter's keys.
         layer: the PEFT layer.
         adapter: name of the adapter on that layer.
-        kind: ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear) or ``"conv"`` (Conv1d/2d/3d).
+        kind: ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear), ``"conv"`` (Conv1d/2d/3d) or ``"experts"`` (see
+            `lorainit.experts`).
     """
 
     name: str
@@ -66,6 +67,11 @@ class LoraSite:
     def scaling(self) -> float:
         """PEFT's multiplier s of BA: alpha/r, or alpha/√r with rsLoRA."""
         return float(self.layer.scaling[self.adapter])
+
+    @property
+    def experts(self) -> int:
+        """How many weights the adapter is on: more than one only for expert parameters."""
+        return self.layer.num_experts if isinstance(self.layer, ParamWrapper) else 1
 
     @property
     def out_features(self) -> int:
@@ -116,6 +122,10 @@ class LoraSite:
         """Return the present trainable factors (A, B) as matrices, detached views."""
         a, b = (offset.trained_factor(m).detach() for m in (self.lora_A, self.lora_B))
         return a.flatten(1), b.flatten(1)
+
+    def update_norm(self) -> float:
+        """Return the Frobenius norm of s·BA."""
+        return self.scaling * product_norm(*self.factors())
 
 
 def trained_shape(module: nn.Module) -> tuple[int, int]:
@@ -209,7 +219,7 @@ def _kind(layer: LoraLayer, adapter: str, of_embeddings: set[int]) -> str:
     base = layer.get_base_layer()
     variant = type(layer.lora_variant.get(adapter)).__name__
     if isinstance(layer, ParamWrapper):
-        kind = "expert parameters (target_parameters) are not supported"
+        kind = "expert parameters (target_parameters): see lorainit.experts"
     elif adapter in layer.lora_embedding_A:
         kind = "embedding layers are not supported"
     elif adapter in layer.lora_variant and not variant.startswith(_PLAIN_VARIANTS):
