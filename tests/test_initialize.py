@@ -191,6 +191,38 @@ def test_dora_starts_as_a_no_op(method, case):
     assert relative_difference(logits(model, case.batch()), expected) > 0.05
 
 
+@pytest.mark.parametrize("case", [LLAMA, GPT2, CONV], ids=lambda case: case.name)
+@pytest.mark.parametrize("method", ["init-ab", "pissa"])
+def test_with_dora_a_kept_start_is_the_base_plus_s_BA_as_without(method, case):
+    plain, dora = case.adapted(), case.adapted(use_dora=True)
+    for model in (plain, dora):
+        start(model, method, base="keep")
+    expected = logits(plain, case.batch())
+    assert relative_difference(logits(dora, case.batch()), expected) <= 1e-5
+    start(dora, method, base="keep")  # untrained still, with the magnitude of the first start
+    assert relative_difference(logits(dora, case.batch()), expected) <= 1e-5
+    start(dora, "kaiming")
+    assert relative_difference(logits(dora, case.batch()), logits(case.base(), case.batch())) <= 2e-6
+
+
+@pytest.mark.parametrize("method", ["lora-one", "hrp", "abm"])
+def test_with_dora_a_start_from_data_is_what_it_is_without(method):
+    functions = []
+    for dora in (False, True):
+        model = LLAMA.adapted(use_dora=dora, target_modules=["q_proj", "v_proj", "gate_proj"])
+        start(model, method, data=LLAMA.batches())
+        with torch.no_grad():
+            deltas = [s.scaling * s.factors()[1] @ s.factors()[0] for s in lorainit.find_sites(model)[0]]
+        functions.append(logits(model, LLAMA.batch()))
+        if dora and method == "lora-one":
+            assert relative_difference(functions[1], functions[0]) <= 1e-5
+        if dora:
+            base = LLAMA.base()
+            for site, delta in zip(lorainit.find_sites(model)[0], deltas, strict=True):
+                base.get_submodule(site.name).weight.data += delta
+            assert relative_difference(functions[1], logits(base, LLAMA.batch())) <= 1e-5
+
+
 @each_method
 def test_a_trained_bias_of_the_adapter_starts_at_zero(method):
     model = BERT.adapted(lora_bias=True)

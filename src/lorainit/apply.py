@@ -96,16 +96,21 @@ def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
     largest = [float(factor.abs().max()) for factor in stored]  # one read serves every check; NaN stays NaN
     _check_start(site, *largest)
     undo.remember_adapter(site)
+    if _has_magnitude(site):
+        undo.remember_tensor(_magnitude(site))
     offset.detach(*pair)
     with torch.no_grad():
         for parameter, factor in zip(trained, stored, strict=True):
             parameter.copy_(factor)
-        if base == "keep" or 0 in largest:
-            return False
-        if base == "subtract":
+        held = base != "keep" and 0 not in largest
+        if held and base == "subtract":
             _subtract(site, undo)
-        offset.attach(*pair, base_edited=base == "subtract", experts=site.experts)
-    return True
+            _refresh_magnitude(site)
+        if held:
+            offset.attach(*pair, base_edited=base == "subtract", experts=site.experts)
+        if base != "subtract" or not held:
+            _refresh_magnitude(site)
+    return held
 
 
 def write_factors(site: LoraSite, factors: Factors) -> None:
@@ -124,6 +129,37 @@ def write_factors(site: LoraSite, factors: Factors) -> None:
     with torch.no_grad():
         for parameter, factor in zip(trained, stored, strict=True):
             parameter.copy_(factor)
+        _refresh_magnitude(site)
+
+
+def _has_magnitude(site: LoraSite) -> bool:
+    return site.adapter in site.layer.lora_magnitude_vector
+
+
+def _magnitude(site: LoraSite) -> nn.Parameter:
+    return site.layer.lora_magnitude_vector[site.adapter].get_parameter("weight")
+
+
+def _refresh_magnitude(site: LoraSite) -> None:
+    """Set DoRA's magnitude to the row norms of what the layer now is, W + s·BA, so that at step 0 it changes nothing.
+
+    PEFT does this when it makes an adapter, from the factors of that moment.
+    """
+    if _has_magnitude(site):
+        _magnitude(site).copy_(_row_norms(site))
+
+
+def _row_norms(site: LoraSite, *, with_update: bool = True) -> Tensor:
+    """Return the row norms of W + s·BA, or of W, as PEFT's forward pass computes them, to the last bit."""
+    A, B = offset.update_factors(site.lora_A, site.lora_B)
+    weight = site.stored_weight()
+    if site.kind != "linear":  # as it lies in the layer
+        weight = site.base_layer.get_parameter("weight").detach()
+    update = (B.flatten(1) @ A.flatten(1)).to(weight.dtype) * with_update
+    norms = site.layer.lora_magnitude_vector[site.adapter].get_weight_norm(
+        weight, update.reshape(weight.shape) if site.kind == "conv" else update, site.scaling
+    )
+    return norms.detach().reshape(_magnitude(site).shape)
 
 
 def _check_start(site: LoraSite, largest_A: float, largest_B: float) -> None:
@@ -145,15 +181,15 @@ def _check_start(site: LoraSite, largest_A: float, largest_B: float) -> None:
     bias = getattr(site.lora_B, "bias", None)
     if bias is not None and bool(bias.any()):
         raise LoraInitError(f"layer '{site.name}': lora_B has a trained bias; start from a fresh adapter")
-    if site.adapter in site.layer.lora_magnitude_vector:
-        magnitude = site.layer.lora_magnitude_vector[site.adapter].get_parameter("weight").detach().flatten()
-        norms = torch.linalg.vector_norm(site.weight(), dim=1)
+    if _has_magnitude(site):
+        magnitude = _magnitude(site).detach()
+        untrained = [_row_norms(site, with_update=with_update) for with_update in (True, False)]
         # PEFT computed it in the base's precision
-        rounding = 8 * max(torch.finfo(t.dtype).eps for t in (site.stored_weight(), magnitude))
-        if not torch.allclose(magnitude.to(norms), norms, rtol=rounding, atol=0):
+        rounding = 8 * max(torch.finfo(t.dtype).eps for t in (*untrained, magnitude))
+        if not any(torch.allclose(magnitude.to(norms), norms, rtol=rounding, atol=0) for norms in untrained):
             raise LoraInitError(
-                f"layer '{site.name}': DoRA has a trained magnitude (not the norm of the base weight); start from a "
-                "fresh adapter"
+                f"layer '{site.name}': DoRA has a trained magnitude (not the norm of the base weight and the update); "
+                "start from a fresh adapter"
             )
 
 
