@@ -24,6 +24,7 @@ from .calibration import (
     parse_bytes,
     rank_rule,
     share_out,
+    uncompiled,
     usable_batches,
 )
 from .cost import measure
@@ -129,7 +130,7 @@ def initialize(
         check_can_subtract(model, sites)
 
     layers = lora_layers(model, adapter_name)
-    with all_or_nothing() as undo, unpacked(model):
+    with all_or_nothing() as undo, unpacked(model), uncompiled():
         scalings = rescale.begin(model, adapter_name, undo, needed=match_lr)
         with measure() as cost:
             saved: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from .. import rescale
 from ..boundaries import switches
 from ..boundaries.teacher import Teacher, find_teacher
 from ..boundaries.tracing import layers_of
+from ..calibration import uncompiled
 from ..errors import LoraInitError
 from ..linalg import product_norm
 from ..offset import is_attached, trained_factor
@@ -74,7 +75,7 @@ def diagnose(
     sites, unsupported = find_sites(model, adapter_name)
     _check(sites, adapter_name, bootstrap)
     batches = list(iterate(data, max_batches, None, next(model.parameters()).device))
-    with unpacked(model):
+    with unpacked(model), uncompiled():
         names = activated_layers(model, batches[0])
         reference = find_teacher(model, teacher, adapter_name, set(layers_of(model)))
         sums = _Sums(model, sites, names, reference, loss_function or summed_loss)
