@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoint, rescale
+from . import checkpoint, rescale, serving
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
 from .calibration import (
     Known,
@@ -180,7 +180,7 @@ def initialize(
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
             ranks=dataclasses.asdict(rule),
-            warnings=fit.warnings,
+            warnings=(*fit.warnings, *serving.remarks(rows.values())),
             details=fit.details | saved,
         )
         rescale.finish(model, adapter_name, scalings, undo)
