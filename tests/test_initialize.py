@@ -27,7 +27,6 @@ from cases import (
     TIED,
     TWIN,
     Attention,
-    Experts,
     Net,
     Scripted,
     Snapshot,

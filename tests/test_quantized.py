@@ -12,7 +12,7 @@ from torch import nn
 
 import cases
 import lorainit
-from lorainit.quantized import dequantized, unpacked, is_quantized
+from lorainit.quantized import dequantized, is_quantized, unpacked
 from quantization import FULL, KINDS, each_kind, quantized_base, save_full
 
 PRESERVES = {info.name: info.product != "step" for info in lorainit.available()}

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import cases
 import lorainit
-from lorainit import LoraInitError, LoftQ
+from lorainit import LoftQ, LoraInitError
 from lorainit.methods import loftq
 from lorainit.original_weights import original_weight
 from lorainit.quantized import dequantized
