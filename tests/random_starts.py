@@ -113,7 +113,7 @@ def possible(c: Configuration) -> Configuration:
         c = dataclasses.replace(c, dora=False, bias=False, dropout=0.0, dtype=c.dtype.replace("fp64", "fp32"))
     if c.dora or c.model == "embedding" or (c.quantized or "").startswith("torchao"):
         c = dataclasses.replace(c, bias=False)
-    if c.quantized:  # PEFT's DoRA puts other weights into quantized layers on the CPU (see lorainit.quantized)
+    if c.quantized in ("nf4", "nf4-double", "int8"):  # PEFT's DoRA breaks these layers on the CPU by itself
         c = dataclasses.replace(c, dora=False)
     return c
 

@@ -227,3 +227,15 @@ def test_a_copied_quantized_model_starts_alike(full):
         cases.start(each, "pissa")
     for a, b in zip(lorainit.find_sites(model)[0], lorainit.find_sites(twin)[0], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.factors(), b.factors(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_dora_is_a_no_op_or_refused_where_peft_misreads_the_weight(kind, full):
+    model = adapted(kind, full, use_dora=True)
+    if kind.startswith("torchao"):
+        before = cases.logits(model, FULL.batch())
+        cases.start(model, "pissa")
+        assert cases.relative_difference(cases.logits(model, FULL.batch()), before) < 1e-5
+        return
+    with pytest.raises(lorainit.UnsupportedLayerError, match="q_proj': DoRA on bitsandbytes weights on the CPU"):
+        cases.start(model, "pissa")

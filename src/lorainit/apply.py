@@ -145,8 +145,16 @@ def _refresh_magnitude(site: LoraSite) -> None:
 
     PEFT does this when it makes an adapter, from the factors of that moment.
     """
-    if _has_magnitude(site):
-        _magnitude(site).copy_(_row_norms(site))
+    if not _has_magnitude(site):
+        return
+    norms = _row_norms(site)
+    zero = int((norms == 0).sum())
+    if zero:
+        raise UnsupportedLayerError(
+            f"layer '{site.name}': {zero} rows of the weight are zero (those of padding tokens, in a tied output "
+            "layer), and DoRA divides by their norm"
+        )
+    _magnitude(site).copy_(norms)
 
 
 def _row_norms(site: LoraSite, *, with_update: bool = True) -> Tensor:

@@ -27,6 +27,12 @@ def is_quantized(module: nn.Module) -> bool:
     return type(weight).__name__ in _BITSANDBYTES or type(weight).__module__.startswith("torchao.")
 
 
+def misread_by_peft(module: nn.Module) -> bool:
+    """Say whether PEFT's own ``dequantize_module_weight``, which DoRA calls in every forward pass, goes wrong here."""
+    weight = getattr(module, "weight", None)
+    return type(weight).__name__ in _BITSANDBYTES and isinstance(weight, Tensor) and weight.device.type == "cpu"
+
+
 def dequantized(module: nn.Module) -> Tensor:
     """Return the weight of a quantized layer, out×in in floating point; the layer is not touched.
 

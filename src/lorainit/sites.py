@@ -16,7 +16,7 @@ from . import offset
 from ._typing import Float, Tensor
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from .linalg import frobenius_norm, product_norm
-from .quantized import dequantized, is_quantized
+from .quantized import dequantized, is_quantized, misread_by_peft
 
 _PEFT_PREFIX = "base_model.model."
 _KINDS = ("linear", "conv1d", "conv")
@@ -224,6 +224,8 @@ def _kind(layer: LoraLayer, adapter: str, of_embeddings: set[int]) -> str:
         kind = "embedding layers are not supported"
     elif adapter in layer.lora_variant and not variant.startswith(_PLAIN_VARIANTS):
         kind = f"the LoRA variant {variant} is not supported"
+    elif variant.startswith("Dora") and misread_by_peft(base):
+        kind = "DoRA on bitsandbytes weights on the CPU is not supported: PEFT's forward pass misreads these weights"
     elif not (offset.can_attach(layer.lora_A[adapter]) and offset.can_attach(layer.lora_B[adapter])):
         kind = f"factors of type {type(layer.lora_A[adapter]).__name__} are not supported"
     elif _storage(offset.trained_factor(layer.lora_A[adapter])) in of_embeddings:

@@ -4,9 +4,9 @@ Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization", arXiv:2310.08659. 
 point, the adapter is the best rank-r part of the error, s·BA = SVD_r(W − Q), so that Q + s·BA is nearer to W than Q is.
 
 The paper alternates (algorithm 1): it quantizes what the adapter leaves, Q = q(W − s·BA), and fits the adapter again.
-That makes another base. The base of a model that is quantized already is fixed, as PEFT's ``replace_lora_weights_loftq``
-takes it too, and there the first step is the best one possible (Eckart-Young). `alternate` is for those who quantize
-themselves.
+That makes another base. The base of a model that is quantized already is fixed (PEFT's ``replace_lora_weights_loftq``
+takes it so, too), and there the first step is the best one possible (Eckart-Young). `alternate` is for those who
+quantize themselves.
 """
 
 from __future__ import annotations

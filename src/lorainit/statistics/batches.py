@@ -70,7 +70,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def named_fields(batch: Any) -> dict[str, Any]:
-    """Return what a batch names, mappings inside it included (sentence-transformers' models take one as an argument)."""
+    """Return what a batch names, in mappings inside it as well (what a sentence-transformers model takes)."""
     found: dict[str, Any] = {}
     if isinstance(batch, (Mapping, tuple, list)):
         for name, value in batch.items() if isinstance(batch, Mapping) else ((None, v) for v in batch):
