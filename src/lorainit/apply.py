@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -164,9 +164,8 @@ def _row_norms(site: LoraSite, *, with_update: bool = True) -> Tensor:
     if site.kind != "linear":  # as it lies in the layer
         weight = site.base_layer.get_parameter("weight").detach()
     update = (B.flatten(1) @ A.flatten(1)).to(weight.dtype) * with_update
-    norms = site.layer.lora_magnitude_vector[site.adapter].get_weight_norm(
-        weight, update.reshape(weight.shape) if site.kind == "conv" else update, site.scaling
-    )
+    dora: Any = site.layer.lora_magnitude_vector[site.adapter]
+    norms = dora.get_weight_norm(weight, update.reshape(weight.shape) if site.kind == "conv" else update, site.scaling)
     return norms.detach().reshape(_magnitude(site).shape)
 
 

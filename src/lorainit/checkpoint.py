@@ -48,7 +48,7 @@ from .linalg import truncate_product
 from .quantized import unpacked
 from .report import InitReport
 from .resize import resize
-from .sites import find_sites, lora_layers, pattern_name, site_name
+from .sites import LoraSite, find_sites, lora_layers, pattern_name, site_name
 
 
 class StartedLoraConfig(LoraConfig):
@@ -235,7 +235,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
     if any(row.base == "subtract" for row in report.layers):
         raise LoraInitError(f"{path}: started with base='subtract'; call lorainit.initialize again with the same seed")
     tensors = _adapter_tensors(read_adapter(path)[1])
-    sites = [*find_sites(model, adapter_name)[0], *find_experts(model, adapter_name)[0]]
+    sites: list[LoraSite] = [*find_sites(model, adapter_name)[0], *find_experts(model, adapter_name)[0]]
     ratios = {row.name: row.rate_ratio for row in report.layers if row.rate_ratio is not None}
     with all_or_nothing() as undo, unpacked(model):
         scalings = rescale.begin(model, adapter_name, undo, needed=bool(ratios))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
@@ -17,7 +18,7 @@ from . import offset
 from ._typing import Float, Tensor
 from .errors import UnsupportedLayerError
 from .linalg import product_norm
-from .sites import LoraSite, lora_layers
+from .sites import LoraSite, lora_layers, pattern_name
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,9 +50,8 @@ class Experts(LoraSite):
     @property
     def members(self) -> list[Expert]:
         """The experts, named ``layer.parameter[index]``."""
-        name = f"{self.name.replace('.base_layer', '')}.{self.layer.parameter_name}"
-        fields = (self.layer, self.adapter, "linear")
-        return [Expert(f"{name}[{i}]", *fields, index=i) for i in range(self.experts)]
+        name = pattern_name(self.name, self.layer)
+        return [Expert(f"{name}[{i}]", self.layer, self.adapter, "linear", index=i) for i in range(self.experts)]
 
     def stored_weight(self) -> Float[Tensor, "rows in"]:
         """Return the weights of all experts, one below the other."""
@@ -92,8 +92,8 @@ def stack_factors(starts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     return torch.cat([A for A, _ in starts]), torch.stack([B for _, B in starts], dim=-1).flatten(1)
 
 
-def _stack(layer: ParamWrapper) -> Tensor:
-    """Return the parameter as (experts, out, in)."""
+def _stack(layer: Any) -> Tensor:
+    """Return the parameter that a `ParamWrapper` adapts as (experts, out, in)."""
     parameter = layer.get_param().detach()
     if parameter.dim() == 2:  # noqa: PLR2004 - one weight
         return parameter[None]

@@ -22,6 +22,8 @@ class ReadOnlyTensor(Tensor):
     to the weight of a factor. In the offset form that is a computed tensor: they would do nothing, without a word.
     """
 
+    _itself: Any
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run a function on the plain tensor, unless it writes to this one."""
