@@ -146,7 +146,7 @@ def test_fused_projections_are_sites_of_abm_by_name():
     model = PHI.adapted()
     with pytest.raises(lorainit.LoraInitError, match="fused"):
         cases.start(model, lorainit.ABMLoRA(steps=2), data=PHI.batches())
-    report = cases.start(model, lorainit.ABMLoRA(sites="gate_up_proj", steps=2), data=PHI.batches())
+    report = cases.start(model, lorainit.ABMLoRA(sites="gate_up_proj", layers="all", steps=2), data=PHI.batches())
     assert set(report.details["matching"]["sites"]) == {f"model.layers.{i}.mlp.gate_up_proj" for i in range(2)}
 
 
