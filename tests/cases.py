@@ -22,7 +22,7 @@ SEQUENCE, BATCH, VOCAB, CLASSES = 6, 3, 40, 5
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 METHODS = tuple(info.name for info in lorainit.available() if not info.needs)
-DATA_DRIVEN = tuple(info.name for info in lorainit.available() if info.needs)
+DATA_DRIVEN = tuple(info.name for info in lorainit.available() if info.needs_data)
 PRESERVING = tuple(i.name for i in lorainit.available() if i.product == "preserve" and not i.needs)
 
 

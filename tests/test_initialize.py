@@ -21,13 +21,13 @@ from cases import (
     BERT,
     CASES,
     CONV,
+    DATA_DRIVEN,
     GPT2,
     LLAMA,
     METHODS,
     TIED,
     TWIN,
     Attention,
-    Experts,
     Net,
     Scripted,
     Snapshot,
@@ -162,7 +162,7 @@ def test_subtract_edits_the_base_and_keeps_the_function_up_to_rounding(method, c
 
 
 def test_auto_takes_what_the_paper_of_the_method_means():
-    for info in lorainit.available():
+    for info in (INFO[name] for name in (*METHODS, *DATA_DRIVEN)):
         report = start(LLAMA.adapted(), info.name, data=LLAMA.batches())
         moved = [row for row in report.layers if row.name not in report.details.get("frozen_layers", ())]
         assert {row.base for row in moved} == {{"zero": "none", "preserve": "offset", "step": "keep"}[info.product]}
@@ -189,6 +189,38 @@ def test_dora_starts_as_a_no_op(method, case):
     assert relative_difference(logits(model, case.batch()), expected) <= 2e-6
     train(model, case.batches())
     assert relative_difference(logits(model, case.batch()), expected) > 0.05
+
+
+@pytest.mark.parametrize("case", [LLAMA, GPT2, CONV], ids=lambda case: case.name)
+@pytest.mark.parametrize("method", ["init-ab", "pissa"])
+def test_with_dora_a_kept_start_is_the_base_plus_s_BA_as_without(method, case):
+    plain, dora = case.adapted(), case.adapted(use_dora=True)
+    for model in (plain, dora):
+        start(model, method, base="keep")
+    expected = logits(plain, case.batch())
+    assert relative_difference(logits(dora, case.batch()), expected) <= 1e-5
+    start(dora, method, base="keep")  # untrained still, with the magnitude of the first start
+    assert relative_difference(logits(dora, case.batch()), expected) <= 1e-5
+    start(dora, "kaiming")
+    assert relative_difference(logits(dora, case.batch()), logits(case.base(), case.batch())) <= 2e-6
+
+
+@pytest.mark.parametrize("method", ["lora-one", "hrp", "abm"])
+def test_with_dora_a_start_from_data_is_what_it_is_without(method):
+    functions = []
+    for dora in (False, True):
+        model = LLAMA.adapted(use_dora=dora, target_modules=["q_proj", "v_proj", "gate_proj"])
+        start(model, method, data=LLAMA.batches())
+        with torch.no_grad():
+            deltas = [s.scaling * s.factors()[1] @ s.factors()[0] for s in lorainit.find_sites(model)[0]]
+        functions.append(logits(model, LLAMA.batch()))
+        if dora and method == "lora-one":
+            assert relative_difference(functions[1], functions[0]) <= 1e-5
+        if dora:
+            base = LLAMA.base()
+            for site, delta in zip(lorainit.find_sites(model)[0], deltas, strict=True):
+                base.get_submodule(site.name).weight.data += delta
+            assert relative_difference(functions[1], logits(base, LLAMA.batch())) <= 1e-5
 
 
 @each_method
@@ -709,7 +741,6 @@ def odd_net(**odd):
 
 ODD = {
     "embedding": (lambda: odd_net(tokens=Tokens(), odd=nn.Embedding(8, 6)), {}, "embedding"),
-    "experts": (lambda: odd_net(odd=Experts()), {"target_parameters": ["odd.up"]}, "expert"),
     "grouped": (lambda: odd_net(odd=nn.Conv2d(4, 4, 3, groups=2)), {}, r"groups=2"),
     "dilated": (lambda: odd_net(odd=nn.Conv2d(4, 4, 3, dilation=2, padding="same")), {}, r"dilat"),
     "circular": (lambda: odd_net(odd=nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), {}, r"circular"),

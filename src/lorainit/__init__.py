@@ -25,6 +25,7 @@ from .methods.gaussian import Gaussian
 from .methods.hrp import HRP
 from .methods.init_ab import InitAB
 from .methods.kaiming import Kaiming
+from .methods.loftq import LoftQ
 from .methods.lora_da import LoRADA
 from .methods.lora_ga import LoRAGA
 from .methods.lora_one import LoRAOne
@@ -59,6 +60,7 @@ __all__ = [
     "LoRAGA",
     "LoRAM",
     "LoRAOne",
+    "LoftQ",
     "LoraInitError",
     "LoraSite",
     "LrAdvice",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Undo:
                 if edited is not None:
                     for module, frozen in zip(pair, copies[2:], strict=True):
                         offset.trained_factor(module).copy_(frozen)
-                    offset.attach(*pair, base_edited=edited)
+                    offset.attach(*pair, base_edited=edited, experts=site.experts)
                 for module, trained in zip(pair, copies[:2], strict=True):
                     offset.trained_factor(module).copy_(trained)
         for put_back in reversed(self._calls):  # last: they may put modules back that the tensors are not of
@@ -96,16 +96,21 @@ def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
     largest = [float(factor.abs().max()) for factor in stored]  # one read serves every check; NaN stays NaN
     _check_start(site, *largest)
     undo.remember_adapter(site)
+    if _has_magnitude(site):
+        undo.remember_tensor(_magnitude(site))
     offset.detach(*pair)
     with torch.no_grad():
         for parameter, factor in zip(trained, stored, strict=True):
             parameter.copy_(sharding.cut_like(factor, parameter))
-        if base == "keep" or 0 in largest:
-            return False
-        if base == "subtract":
+        held = base != "keep" and 0 not in largest
+        if held and base == "subtract":
             _subtract(site, undo)
-        offset.attach(*pair, base_edited=base == "subtract")
-    return True
+            _refresh_magnitude(site)
+        if held:
+            offset.attach(*pair, base_edited=base == "subtract", experts=site.experts)
+        if base != "subtract" or not held:
+            _refresh_magnitude(site)
+    return held
 
 
 def write_factors(site: LoraSite, factors: Factors) -> None:
@@ -124,6 +129,44 @@ def write_factors(site: LoraSite, factors: Factors) -> None:
     with torch.no_grad():
         for parameter, factor in zip(trained, stored, strict=True):
             parameter.copy_(sharding.cut_like(factor, parameter))
+        _refresh_magnitude(site)
+
+
+def _has_magnitude(site: LoraSite) -> bool:
+    return site.adapter in site.layer.lora_magnitude_vector
+
+
+def _magnitude(site: LoraSite) -> nn.Parameter:
+    return site.layer.lora_magnitude_vector[site.adapter].get_parameter("weight")
+
+
+def _refresh_magnitude(site: LoraSite) -> None:
+    """Set DoRA's magnitude to the row norms of what the layer now is, W + s·BA, so that at step 0 it changes nothing.
+
+    PEFT does this when it makes an adapter, from the factors of that moment.
+    """
+    if not _has_magnitude(site):
+        return
+    norms = _row_norms(site)
+    zero = int((norms == 0).sum())
+    if zero:
+        raise UnsupportedLayerError(
+            f"layer '{site.name}': {zero} rows of the weight are zero (those of padding tokens, in a tied output "
+            "layer), and DoRA divides by their norm"
+        )
+    _magnitude(site).copy_(norms)
+
+
+def _row_norms(site: LoraSite, *, with_update: bool = True) -> Tensor:
+    """Return the row norms of W + s·BA, or of W, as PEFT's forward pass computes them, to the last bit."""
+    A, B = offset.update_factors(site.lora_A, site.lora_B)
+    weight = site.stored_weight()
+    if site.kind != "linear":  # as it lies in the layer
+        weight = site.base_layer.get_parameter("weight").detach()
+    update = (B.flatten(1) @ A.flatten(1)).to(weight.dtype) * with_update
+    dora: Any = site.layer.lora_magnitude_vector[site.adapter]
+    norms = dora.get_weight_norm(weight, update.reshape(weight.shape) if site.kind == "conv" else update, site.scaling)
+    return norms.detach().reshape(_magnitude(site).shape)
 
 
 def _check_start(site: LoraSite, largest_A: float, largest_B: float) -> None:
@@ -145,15 +188,15 @@ def _check_start(site: LoraSite, largest_A: float, largest_B: float) -> None:
     bias = getattr(site.lora_B, "bias", None)
     if bias is not None and bool(bias.any()):
         raise LoraInitError(f"layer '{site.name}': lora_B has a trained bias; start from a fresh adapter")
-    if site.adapter in site.layer.lora_magnitude_vector:
-        magnitude = site.layer.lora_magnitude_vector[site.adapter].get_parameter("weight").detach().flatten()
-        norms = torch.linalg.vector_norm(site.weight(), dim=1)
+    if _has_magnitude(site):
+        magnitude = _magnitude(site).detach()
+        untrained = [_row_norms(site, with_update=with_update) for with_update in (True, False)]
         # PEFT computed it in the base's precision
-        rounding = 8 * max(torch.finfo(t.dtype).eps for t in (site.stored_weight(), magnitude))
-        if not torch.allclose(magnitude.to(norms), norms, rtol=rounding, atol=0):
+        rounding = 8 * max(torch.finfo(t.dtype).eps for t in (*untrained, magnitude))
+        if not any(torch.allclose(magnitude.to(norms), norms, rtol=rounding, atol=0) for norms in untrained):
             raise LoraInitError(
-                f"layer '{site.name}': DoRA has a trained magnitude (not the norm of the base weight); start from a "
-                "fresh adapter"
+                f"layer '{site.name}': DoRA has a trained magnitude (not the norm of the base weight and the update); "
+                "start from a fresh adapter"
             )
 
 
@@ -164,6 +207,10 @@ def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for site in sites:
+        if site.kind == "experts":
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': base='subtract' does not edit expert parameters; use base='offset'"
+            )
         weight = getattr(site.base_layer, "weight", None)
         if not (isinstance(weight, Tensor) and weight.dtype.is_floating_point and type(weight) is nn.Parameter):
             raise UnsupportedLayerError(

@@ -213,6 +213,14 @@ def parse_bytes(amount: int | str | None) -> int | None:
 
 
 @contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled models as they were written: hooks are no part of a compiled graph, nor is what they raise."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch ≥ 2.6
+    with set_stance("force_eager") if set_stance is not None else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def own_precision(device: torch.device) -> Iterator[None]:
     """Compute in the precision that the method asks for: autocast and the default dtype are the caller's business."""
     dtype = torch.get_default_dtype()

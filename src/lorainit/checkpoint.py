@@ -43,10 +43,12 @@ from .adapter_folder import (
 )
 from .apply import all_or_nothing
 from .errors import LoraInitError
+from .experts import find_experts
 from .linalg import truncate_product
+from .quantized import unpacked
 from .report import InitReport
 from .resize import resize
-from .sites import find_sites, lora_layers, pattern_name, site_name
+from .sites import LoraSite, find_sites, lora_layers, pattern_name, site_name
 
 
 class StartedLoraConfig(LoraConfig):
@@ -123,7 +125,8 @@ def save_pretrained(
     if not isinstance(config, LoraConfig):
         raise LoraInitError(f"{type(model).__name__} holds no LoraConfig for adapter '{adapter_name}'")
     check_plain(config, f"adapter '{adapter_name}'")
-    tensors = _adapter_tensors(get_peft_model_state_dict(model, adapter_name=adapter_name))
+    with unpacked(model):
+        tensors = _adapter_tensors(get_peft_model_state_dict(model, adapter_name=adapter_name))
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     ranks: dict[str, tuple[int, float]] = {}
     for name, layer in layers:
@@ -132,6 +135,11 @@ def save_pretrained(
             lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
             if _is_one_pair(offset.trained_factor(lora_A), offset.trained_factor(lora_B), layer.r[adapter_name]):
                 pairs[PREFIX + name] = offset.update_factors(lora_A, lora_B)
+        elif _in_offset_form(layer, adapter_name):  # expert parameters
+            stem, key = PREFIX + name, pattern_name(name, layer)
+            factors = offset.update_factors(layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = factors
+            ranks[key] = (2 * ranks[key][0], ranks[key][1])
     errors = dict.fromkeys((name for name, _ in layers), 0.0) | _write_pairs(pairs, rank, tensors, ranks)
     plain = plain_config(config, ranks)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -227,9 +235,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
     if any(row.base == "subtract" for row in report.layers):
         raise LoraInitError(f"{path}: started with base='subtract'; call lorainit.initialize again with the same seed")
     tensors = _adapter_tensors(read_adapter(path)[1])
-    sites, _ = find_sites(model, adapter_name)
+    sites: list[LoraSite] = [*find_sites(model, adapter_name)[0], *find_experts(model, adapter_name)[0]]
     ratios = {row.name: row.rate_ratio for row in report.layers if row.rate_ratio is not None}
-    with all_or_nothing() as undo:
+    with all_or_nothing() as undo, unpacked(model):
         scalings = rescale.begin(model, adapter_name, undo, needed=bool(ratios))
         if report.ranks["rule"] != "fixed":
             ranks = {row.name: row.rank for row in report.layers}
@@ -241,7 +249,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
             undo.remember_adapter(site)
             offset.detach(site.lora_A, site.lora_B)
             if site.name in in_offset_form:
-                offset.attach(site.lora_A, site.lora_B)
+                offset.attach(site.lora_A, site.lora_B, experts=site.experts)
         present = _adapter_tensors(get_peft_model_state_dict(model, adapter_name=adapter_name))
         _check_same_tensors(path, tensors, present)
         for tensor in present.values():
@@ -282,7 +290,8 @@ def merge(model: nn.Module, *, adapter_name: str = "default") -> nn.Module:
             if config is not None and getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False
     try:
-        return model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
+        with unpacked(model):
+            return model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise LoraInitError(f"adapter '{adapter_name}' cannot be merged: {error}") from error
 

@@ -9,15 +9,15 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoint, rescale
+from . import checkpoint, rescale, serving
 from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
 from .calibration import (
     Groups,
@@ -27,17 +27,19 @@ from .calibration import (
     parse_bytes,
     rank_rule,
     share_out,
+    uncompiled,
     usable_batches,
 )
 from .cost import measure
 from .errors import LoraInitError, UnsupportedLayerError
+from .experts import Experts, find_experts, stack_factors
 from .generators import layer_generator
-from .linalg import product_norm
 from .methods import Factors, Method, get_method
 from .methods.auto import Auto, Choice
 from .methods.method import Fit, TrainedMethod, start_layer
 from .offset import is_attached
 from .processes import Group, Processes, unwrapped
+from .quantized import unpacked
 from .ranks import RankRule, Rule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
@@ -181,6 +183,12 @@ def _initialize(
     rule = rank_rule(ranks, method)
     treatment: Base = base if base != "auto" else "offset" if method.product == "preserve" else "keep"
     sites, unsupported = find_sites(model, adapter_name)
+    experts, refused = find_experts(model, adapter_name)
+    if reason := _not_for_experts(method, rule, match_lr):
+        refused |= {stack.name: reason for stack in experts}
+    sites += [stack for stack in experts if stack.name not in refused]
+    started = {site.name for site in sites}
+    unsupported = {name: why for name, why in (unsupported | refused).items() if name not in started}
     _check_startable(model, adapter_name, sites, unsupported, method, on_unsupported)
     if treatment == "subtract":
         check_can_subtract(model, sites)
@@ -202,7 +210,7 @@ def _initialize(
     )
 
     layers = lora_layers(model, adapter_name)
-    with all_or_nothing() as undo:
+    with all_or_nothing() as undo, unpacked(model), uncompiled():
         scalings = rescale.begin(model, adapter_name, undo, needed=match_lr)
         with measure() as cost:
             saved: dict[str, Any] = {"processes": processes.size} if processes.size > 1 else {}
@@ -268,7 +276,7 @@ def _initialize(
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
             ranks=dataclasses.asdict(rule),
-            warnings=(*remarks, *_starved_remarks(starved), *fit.warnings),
+            warnings=(*remarks, *_starved_remarks(starved), *fit.warnings, *serving.remarks(rows.values())),
             details=details | fit.details | saved,
         )
         rescale.finish(model, adapter_name, scalings, undo)
@@ -313,7 +321,7 @@ def _check_processes(model: nn.Module, sites: list[LoraSite], method: Method, pr
             f"layer '{sharded[0].name}': its weight is sharded over {holders} processes, but {processes.size} are to "
             "start the model; all that hold it must call initialize, with their process_group"
         )
-    if method.info.needs:
+    if method.info.needs_data:
         raise LoraInitError(
             f"{method.info.name} needs data, and layer '{sharded[0].name}' is sharded by FSDP2: only starts from the "
             "weights are supported there; start the adapter before fully_shard is applied"
@@ -368,6 +376,15 @@ def _check_startable(
             f"{method.info.name} cannot start these layers: {listed}. Leave them out of target_modules, or pass "
             "on_unsupported='default' to keep PEFT's default there"
         )
+
+
+def _not_for_experts(method: Method, rule: RankRule, match_lr: bool) -> str | None:
+    """Return why expert parameters cannot be started like this; None if they can."""
+    if method.info.needs_data or method.request is not None:
+        return f"{method.info.name} needs to know what each expert sees, and experts in one module cannot be watched"
+    if rule.rule != "fixed":
+        return f"ranks={rule.rule!r} does not share out the rank of expert parameters"
+    return "match_lr does not go with expert parameters" if match_lr else None
 
 
 def _fit(
@@ -436,7 +453,7 @@ def _solve(site: LoraSite, known: Known, *, method: Method, seed: int) -> tuple[
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
     with own_precision(site.device), warnings.catch_warnings(record=True) as remarks:  # they belong in the layer's row
         warnings.simplefilter("always")
-        start = start_layer(method, site, layer_generator(seed, site.name), *known)
+        start = _factors(method, site, seed, known)
     return _Solved(weight_norm, time.perf_counter() - begin, tuple(str(r.message) for r in remarks)), start
 
 
@@ -457,7 +474,7 @@ def _write(done: Done, *, base: Base, undo: Undo, zero: bool, skip: str) -> Laye
     try:
         with own_precision(site.device):
             held = write_start(site, Factors(*done.tensors), base, undo)
-            size = site.scaling * product_norm(*site.factors())
+            size = site.update_norm()
     except UnsupportedLayerError as error:
         if skip == "error":
             raise
@@ -478,6 +495,17 @@ def _write(done: Done, *, base: Base, undo: Undo, zero: bool, skip: str) -> Laye
     )
 
 
+def _factors(method: Method, site: LoraSite, seed: int, known: Known) -> Factors:
+    """Return the start of a layer; of expert parameters, that of every expert."""
+    if isinstance(site, Experts):
+        starts = [start_layer(method, expert, layer_generator(seed, expert.name)) for expert in site.members]
+        for expert, factors in zip(site.members, starts, strict=True):
+            if not any(bool(factor.any()) for factor in factors):
+                raise UnsupportedLayerError(f"'{expert.name}': the start is dead, A = B = 0; is the weight zero?")
+        return Factors(*stack_factors(starts))
+    return start_layer(method, site, layer_generator(seed, site.name), *known)
+
+
 def _match(site: LoraSite, row: LayerReport, undo: Undo) -> LayerReport:
     """Re-express the start at another scale, for `match_lr`."""
     if row.rank == 0:  # the adapter was taken off
@@ -491,7 +519,7 @@ def _move(site: LoraSite, row: LayerReport, factors: Factors | None) -> LayerRep
     if factors is None:
         return row
     write_factors(site, factors)
-    size, norm = site.scaling * product_norm(*site.factors()), site.weight_norm
+    size, norm = site.update_norm(), site.weight_norm
     base = "keep" if row.base == "none" and size > 0 else row.base
     remarks = (*row.warnings, *_layer_warnings(site, size, norm, "keep")) if base == "keep" else row.warnings
     return dataclasses.replace(
@@ -536,7 +564,15 @@ def _left_alone(name: str, layer: LoraLayer, adapter_name: str, reason: str) -> 
 
 
 def _options(method: Method) -> dict[str, Any]:
-    """Return a method's options as JSON types; a nested method becomes its name and options, a module its class."""
-    options = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    options = {k: type(v).__name__ if isinstance(v, nn.Module) else v for k, v in options.items()}
-    return {k: {"method": v.info.name, **_options(v)} if isinstance(v, Method) else v for k, v in options.items()}
+    """Return a method's options as JSON types."""
+    return {f.name: _as_json(getattr(method, f.name)) for f in dataclasses.fields(method)}
+
+
+def _as_json(option: Any) -> Any:
+    """Return an option as a JSON type: a nested method's name and options; the class of a module or a state dict."""
+    if isinstance(option, Method):
+        return {"method": option.info.name, **_options(option)}
+    if isinstance(option, os.PathLike):
+        return os.fspath(option)
+    tensors = isinstance(option, Mapping) and any(isinstance(value, Tensor) for value in option.values())
+    return type(option).__name__ if tensors or isinstance(option, nn.Module) else option

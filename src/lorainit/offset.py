@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoraInitError
+from .read_only import read_only
 from .sharding import replicated_like, whole
 
 
@@ -36,12 +37,14 @@ class OffsetFactor(nn.Module):
     Attributes:
         offset: the frozen factor (A₀ or B₀), a non-persistent buffer.
         stack_axis: 0 for ``lora_A``, 1 for ``lora_B``: the axis that holds the rank.
+        experts: of how many weights the factor holds a part of its own (see `lorainit.experts`).
         base_edited: the base weight already holds −s·B₀A₀ (``base="subtract"``), so the forward uses the trained
             factor alone; only what is saved differs.
     """
 
     offset: Tensor
     stack_axis: int
+    experts: int
     base_edited: bool
 
     @property
@@ -52,6 +55,10 @@ class OffsetFactor(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The factor of the update that the layer applies: rank 2r, or the trained one where the base is edited."""
+        return self.trained if self.base_edited else read_only(self.update_factor())
+
+    def applied_factor(self) -> Tensor:
+        """Return what `weight` shows, for the forward pass."""
         return self.trained if self.base_edited else self.update_factor()
 
     def update_factor(self) -> Tensor:
@@ -59,14 +66,27 @@ class OffsetFactor(nn.Module):
         trained = self.trained
         offset = replicated_like(self.offset.to(trained.dtype), trained)
         change = trained - offset
-        return torch.cat((trained, change) if self.stack_axis == 0 else (change, offset), dim=self.stack_axis)
+        return self._stacked(trained, change) if self.stack_axis == 0 else self._stacked(change, offset)
+
+    def _stacked(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return two factors as one of twice the rank, whose halves `_halves` gives back."""
+        if self.stack_axis == 0 and self.experts > 1:  # expert by expert; in B the expert runs fastest
+            parts = [factor.unflatten(0, (self.experts, -1)) for factor in (first, second)]
+            return torch.cat(parts, dim=1).flatten(0, 1)
+        return torch.cat((first, second), dim=self.stack_axis)
+
+    def _halves(self, stacked: Tensor) -> tuple[Tensor, Tensor]:
+        if self.stack_axis == 0 and self.experts > 1:
+            first, second = stacked.unflatten(0, (self.experts, -1)).chunk(2, dim=1)
+            return first.flatten(0, 1), second.flatten(0, 1)
+        first, second = stacked.chunk(2, dim=self.stack_axis)
+        return first, second
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         trained = destination[prefix + "weight"]
         offset = replicated_like(self.offset.to(trained.device, trained.dtype), trained)
-        stacked = (trained, offset) if self.stack_axis == 0 else (trained, -offset)
-        destination[prefix + "weight"] = torch.cat(stacked, dim=self.stack_axis)
+        destination[prefix + "weight"] = self._stacked(trained, offset if self.stack_axis == 0 else -offset)
 
     def _load_from_state_dict(
         self,
@@ -89,7 +109,7 @@ class OffsetFactor(nn.Module):
                 )
                 state_dict.pop(key)
                 return
-            trained, offset = stored.split(rank, dim=self.stack_axis)
+            trained, offset = self._halves(stored)
             offset = offset if self.stack_axis == 0 else -offset
             if self.base_edited and not torch.equal(offset.to(self.offset), self.offset):
                 error_msgs.append(
@@ -109,17 +129,33 @@ class OffsetFactor(nn.Module):
 class OffsetLinear(OffsetFactor, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`torch.nn.Linear` factor of an adapter in offset form."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the factor of the update."""
+        return nn.functional.linear(input, self.applied_factor(), self.bias)
+
 
 class OffsetConv1d(OffsetFactor, nn.Conv1d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`torch.nn.Conv1d` factor of an adapter in offset form."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the factor of the update."""
+        return self._conv_forward(input, self.applied_factor(), self.bias)
 
 
 class OffsetConv2d(OffsetFactor, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`torch.nn.Conv2d` factor of an adapter in offset form."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the factor of the update."""
+        return self._conv_forward(input, self.applied_factor(), self.bias)
+
 
 class OffsetConv3d(OffsetFactor, nn.Conv3d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """`torch.nn.Conv3d` factor of an adapter in offset form."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the factor of the update."""
+        return self._conv_forward(input, self.applied_factor(), self.bias)
 
 
 _OFFSET_CLASS: dict[type[nn.Module], type[nn.Module]] = {
@@ -146,7 +182,7 @@ def trained_factor(module: nn.Module) -> nn.Parameter:
     return cast(nn.Parameter, module._parameters["weight"])
 
 
-def attach(lora_A: nn.Module, lora_B: nn.Module, *, base_edited: bool = False) -> None:
+def attach(lora_A: nn.Module, lora_B: nn.Module, *, base_edited: bool = False, experts: int = 1) -> None:
     """Turn a pair of plain factors into the offset form, frozen at their present values (A₀ := A, B₀ := B).
 
     The modules and their parameters stay the same objects, so an optimizer that already holds them keeps working.
@@ -157,14 +193,14 @@ def attach(lora_A: nn.Module, lora_B: nn.Module, *, base_edited: bool = False) -
         module.register_buffer("offset", whole(trained_factor(module).detach()).clone(), persistent=False)
         module.__class__ = _OFFSET_CLASS[type(module)]
         factor = cast(OffsetFactor, module)
-        factor.stack_axis, factor.base_edited = axis, base_edited
+        factor.stack_axis, factor.base_edited, factor.experts = axis, base_edited, experts
 
 
 def detach(lora_A: nn.Module, lora_B: nn.Module) -> None:
     """Turn a pair in offset form back into plain factors that hold the trained values; a plain pair is left alone."""
     for module in (lora_A, lora_B):
         if isinstance(module, OffsetFactor):
-            del module.offset, module.stack_axis, module.base_edited
+            del module.offset, module.stack_axis, module.base_edited, module.experts
             cast(nn.Module, module).__class__ = _PLAIN_CLASS[type(module)]
 
 

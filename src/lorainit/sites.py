@@ -9,18 +9,17 @@ from functools import cached_property
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import offset, sharding
 from ._typing import Float, Tensor
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
-from .linalg import frobenius_norm
+from .linalg import frobenius_norm, product_norm
+from .quantized import dequantized, is_quantized, misread_by_peft
 
 _PEFT_PREFIX = "base_model.model."
 _KINDS = ("linear", "conv1d", "conv")
-_QUANTIZED_CLASSES = ("Linear4bit", "Linear8bitLt")
 # PEFT's variants of LoRA that apply B and A as plain LoRA does; the others put something between them or freeze one
 _PLAIN_VARIANTS = ("Dora", "ALora")
 # values of init_lora_weights for which PEFT edits the base weight
@@ -35,7 +34,8 @@ class LoraSite:
         name: module path in the base model (without PEFT's ``base_model.model.``), as in the saved adapter's keys.
         layer: the PEFT layer.
         adapter: name of the adapter on that layer.
-        kind: ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear) or ``"conv"`` (Conv1d/2d/3d).
+        kind: ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear), ``"conv"`` (Conv1d/2d/3d) or ``"experts"`` (see
+            `lorainit.experts`).
     """
 
     name: str
@@ -85,6 +85,11 @@ class LoraSite:
         return float(self.layer.scaling[self.adapter])
 
     @property
+    def experts(self) -> int:
+        """How many weights the adapter is on: more than one only for expert parameters."""
+        return self.layer.num_experts if isinstance(self.layer, ParamWrapper) else 1
+
+    @property
     def out_features(self) -> int:
         """Rows of the weight as out×in."""
         return trained_shape(self.lora_B)[0]
@@ -102,8 +107,11 @@ class LoraSite:
     def stored_weight(self) -> Float[Tensor, "out in"]:
         """Return the base weight as out×in in the dtype it is stored in: a view, unless it has to be dequantized."""
         base = self.base_layer
-        if type(base).__name__ in _QUANTIZED_CLASSES:
-            return dequantize_module_weight(base).detach()
+        if is_quantized(base):
+            try:
+                return dequantized(base)
+            except ValueError as error:
+                raise UnsupportedLayerError(f"layer '{self.name}': {error}") from error
         weight = self._whole[0] if self._whole else base.weight.detach()  # pyright: ignore[reportCallIssue]
         if sharding.is_sharded(weight):
             raise LoraInitError(f"layer '{self.name}': its weight is sharded and is not put together here")
@@ -132,6 +140,10 @@ class LoraSite:
         """Return the present trainable factors (A, B) as matrices, detached views; put together if they are sharded."""
         a, b = (sharding.whole(offset.trained_factor(m).detach()) for m in (self.lora_A, self.lora_B))
         return a.flatten(1), b.flatten(1)
+
+    def update_norm(self) -> float:
+        """Return the Frobenius norm of s·BA."""
+        return self.scaling * product_norm(*self.factors())
 
 
 class _OnCpu(LoraSite):
@@ -244,18 +256,20 @@ def _kind(layer: LoraLayer, adapter: str, of_embeddings: set[int]) -> str:
     base = layer.get_base_layer()
     variant = type(layer.lora_variant.get(adapter)).__name__
     if isinstance(layer, ParamWrapper):
-        kind = "expert parameters (target_parameters) are not supported"
+        kind = "expert parameters (target_parameters): see lorainit.experts"
     elif adapter in layer.lora_embedding_A:
         kind = "embedding layers are not supported"
     elif adapter in layer.lora_variant and not variant.startswith(_PLAIN_VARIANTS):
         kind = f"the LoRA variant {variant} is not supported"
+    elif variant.startswith("Dora") and misread_by_peft(base):
+        kind = "DoRA on bitsandbytes weights on the CPU is not supported: PEFT's forward pass misreads these weights"
     elif not (offset.can_attach(layer.lora_A[adapter]) and offset.can_attach(layer.lora_B[adapter])):
         kind = f"factors of type {type(layer.lora_A[adapter]).__name__} are not supported"
     elif _storage(offset.trained_factor(layer.lora_A[adapter])) in of_embeddings:
         kind = "factors shared with the adapter of the embedding (ensure_weight_tying) are not supported"
     elif isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         kind = _convolution_kind(base)
-    elif isinstance(base, (Conv1D, nn.Linear)) or type(base).__name__ in _QUANTIZED_CLASSES:
+    elif isinstance(base, (Conv1D, nn.Linear)) or is_quantized(base):
         # fan_in_fan_out: the weight is stored transposed, as in GPT-2's Conv1D
         kind = "conv1d" if isinstance(base, Conv1D) or getattr(layer, "fan_in_fan_out", False) else "linear"
     else:

@@ -24,6 +24,7 @@ NAMES = {
     "milora": lorainit.MiLoRA,
     "olora": lorainit.OLoRA,
     "loram": lorainit.LoRAM,
+    "loftq": lorainit.LoftQ,
 }
 DATA_FREE = [info for info in available() if not info.needs]
 data_free = pytest.mark.parametrize("info", DATA_FREE, ids=lambda info: info.name)
@@ -73,7 +74,7 @@ def test_available_lists_every_method_once():
 def test_info_says_what_a_user_has_to_know(info):
     assert info.summary and info.paper
     assert info.product in typing.get_args(Product)
-    assert set(info.needs) <= {"forward", "backward", "training"}
+    assert set(info.needs) <= {"forward", "backward", "training", "weights"}
     assert info.status in ("paper", "reconstruction")
 
 

@@ -20,9 +20,11 @@ from .. import rescale
 from ..boundaries import switches
 from ..boundaries.teacher import Teacher, find_teacher
 from ..boundaries.tracing import layers_of
+from ..calibration import uncompiled
 from ..errors import LoraInitError
 from ..linalg import product_norm
 from ..offset import is_attached, trained_factor
+from ..quantized import unpacked
 from ..sites import LoraSite, find_sites
 from ..statistics.batches import LossFunction, count_rows, forward, iterate, summed_loss
 from ..statistics.request import Request
@@ -73,17 +75,18 @@ def diagnose(
     sites, unsupported = find_sites(model, adapter_name)
     _check(sites, adapter_name, bootstrap)
     batches = list(iterate(data, max_batches, None, next(model.parameters()).device))
-    names = activated_layers(model, batches[0])
-    reference = find_teacher(model, teacher, adapter_name, set(layers_of(model)))
-    sums = _Sums(model, sites, names, reference, loss_function or summed_loss)
-    for batch in batches:
-        sums.add(batch)
-    weights = resamples(len(batches), bootstrap if len(batches) > 1 else 0, seed)
-    layers, overall = _layers(model, sums, weights)
-    top = None
-    if curvature:
-        found = AdapterLoss(model, sites, batches, loss_function=loss_function).sharpness(seed=seed)
-        top = (found.value, found.residual)
+    with unpacked(model), uncompiled():
+        names = activated_layers(model, batches[0])
+        reference = find_teacher(model, teacher, adapter_name, set(layers_of(model)))
+        sums = _Sums(model, sites, names, reference, loss_function or summed_loss)
+        for batch in batches:
+            sums.add(batch)
+        weights = resamples(len(batches), bootstrap if len(batches) > 1 else 0, seed)
+        layers, overall = _layers(model, sums, weights)
+        top = None
+        if curvature:
+            found = AdapterLoss(model, sites, batches, loss_function=loss_function).sharpness(seed=seed)
+            top = (found.value, found.residual)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     warnings = [f"{name} is left out: {reason}" for name, reason in unsupported.items()]
     return Diagnosis(

@@ -33,7 +33,8 @@ class MethodInfo:
     Attributes:
         name: the name that `lorainit.initialize` and recipes take.
         aliases: other names for it.
-        needs: what has to run before it: ``()``, or some of ``"forward"``, ``"backward"``, ``"training"``.
+        needs: what has to run before it: ``()``, or some of ``"forward"``, ``"backward"``, ``"training"``; or
+            ``"weights"``, those from before quantization.
         paper: where it comes from.
         status: ``"paper"``, or ``"reconstruction"`` where the publication leaves the formula open.
         deterministic: the seed has no influence.
@@ -53,6 +54,11 @@ class MethodInfo:
     status: Literal["paper", "reconstruction"] = "paper"
     deterministic: bool = False
     variable_ranks: bool = False
+
+    @property
+    def needs_data(self) -> bool:
+        """Say whether the method needs calibration data."""
+        return not set(self.needs) <= {"weights"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Method(abc.ABC):
     @property
     def wants_data(self) -> bool:
         """Whether batches of the task are of use to it."""
-        return bool(self.info.needs)
+        return self.info.needs_data
 
     @abc.abstractmethod
     def start(self, *args: Any, **kwargs: Any) -> Factors:

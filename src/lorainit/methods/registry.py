@@ -17,6 +17,7 @@ from .gaussian import Gaussian
 from .hrp import HRP
 from .init_ab import InitAB
 from .kaiming import Kaiming
+from .loftq import LoftQ
 from .lora_da import LoRADA
 from .lora_ga import LoRAGA
 from .lora_one import LoRAOne
@@ -100,7 +101,7 @@ def get_method(method: str | Method, **options: Any) -> Method:
         raise LoraInitError(f"method '{cls.info.name}': {error}") from error
 
 
-_DATA_FREE = (Kaiming, Gaussian, Orthogonal, InitAB, PiSSA, MiLoRA, OLoRA, LoRAM, Random)
+_DATA_FREE = (Kaiming, Gaussian, Orthogonal, InitAB, PiSSA, MiLoRA, OLoRA, LoRAM, LoftQ, Random)
 _DATA_DRIVEN = (LoRADA, CNTLoRA, EVA, CorDA, LoRAGA, LoRAOne, AGLoRA, HRP, ABMLoRA)
 for _cls in (*_DATA_FREE, *_DATA_DRIVEN, Auto):
     register(_cls)

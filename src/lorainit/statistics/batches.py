@@ -63,20 +63,36 @@ def describe(batch: Any) -> str:
 
 def count_rows(batch: Any) -> int:
     """Return the number of rows (sequences, images) in a batch."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() > 0]
+    sizes = [v.shape[0] for v in _tensors(batch) if v.dim() > 0]
     if not sizes:
         raise LoraInitError(f"a calibration batch holds no tensor ({describe(batch)})")
     return sizes[0]
 
 
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(value)
+
+
+def named_fields(batch: Any) -> dict[str, Any]:
+    """Return what a batch names, in mappings inside it as well (what a sentence-transformers model takes)."""
+    found: dict[str, Any] = {}
+    if isinstance(batch, (Mapping, tuple, list)):
+        for name, value in batch.items() if isinstance(batch, Mapping) else ((None, v) for v in batch):
+            found |= named_fields(value) if name is None or isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def take_rows(batch: Any, rows: slice) -> Any:
     """Return some rows of a batch."""
     if isinstance(batch, Mapping):
-        return {k: v[rows] if isinstance(v, Tensor) and v.dim() else v for k, v in batch.items()}
+        return {k: take_rows(v, rows) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return tuple(v[rows] if isinstance(v, Tensor) and v.dim() else v for v in batch)
-    return batch[rows]
+        return tuple(take_rows(v, rows) for v in batch)
+    return batch[rows] if isinstance(batch, Tensor) and batch.dim() else batch
 
 
 def split_rows(batch: Any, size: int = 1) -> list[Any]:
@@ -86,7 +102,7 @@ def split_rows(batch: Any, size: int = 1) -> list[Any]:
 
 def count_terms(model: nn.Module, batch: Any) -> int | None:
     """Return how many label terms a model's loss averages over: labelled tokens, or rows; None without labels."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    labels = named_fields(batch).get("labels")
     if not isinstance(labels, Tensor):
         return None
     if labels.dim() != 2 or labels.is_floating_point():  # noqa: PLR2004 - (rows, tokens)
@@ -129,13 +145,12 @@ def position_masks(model: nn.Module, batch: Any, kind: MaskKind) -> dict[str, Te
 
     Positions that are not named by a mask all count. ``kind="labels"`` keeps the positions whose output is scored.
     """
-    if not isinstance(batch, Mapping):
-        return {}
+    fields = named_fields(batch)
     masks: dict[str, Tensor] = {}
-    attention = batch.get("attention_mask")
+    attention = fields.get("attention_mask")
     if isinstance(attention, Tensor) and attention.dim() == 2:  # noqa: PLR2004
         masks["input"] = attention.bool()
-    labels = batch.get("labels")
+    labels = fields.get("labels")
     token_labels = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()  # noqa: PLR2004
     if token_labels and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         masks["decoder"] = labels != -100  # pyright: ignore[reportArgumentType]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..processes import ALONE, Processes
+from ..quantized import dequantized, is_quantized
 from ..sites import site_name
 from .batches import iterate
 
@@ -26,7 +27,10 @@ def model_fingerprint(model: nn.Module) -> str:
     incidental = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
     kept = {name: value for name, value in options.items() if name not in incidental}
     digest.update(json.dumps([type(base).__name__, kept], sort_keys=True, default=str).encode())
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for module_name, module in model.named_modules():
+        if is_quantized(module) and not hasattr(module, "base_layer"):  # the stored integers lack their scales
+            tensors[f"{module_name}.weight"] = dequantized(module)
     for name in sorted(tensors, key=_base_name):
         if ".lora_" not in name and not name.startswith("lora_"):
             digest.update(_base_name(name).encode())
