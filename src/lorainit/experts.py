@@ -31,7 +31,7 @@ class Expert(LoraSite):
         index: which one.
     """
 
-    index: int
+    index: int = dataclasses.field(kw_only=True)
 
     def stored_weight(self) -> Float[Tensor, "out in"]:
         """Return a view of the expert's weight as out×in."""

@@ -7,23 +7,20 @@ import functools
 import itertools
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoint, rescale, serving
-from .apply import Base, Undo, all_or_nothing, check_can_subtract, write_factors, write_start
+from .apply import Base, Undo, all_or_nothing, check_can_subtract
 from .calibration import (
     Groups,
     collected_sums,
     layer_groups,
-    own_precision,
     parse_bytes,
     rank_rule,
     share_out,
@@ -32,18 +29,18 @@ from .calibration import (
 )
 from .cost import measure
 from .errors import LoraInitError, UnsupportedLayerError
-from .experts import Experts, find_experts, stack_factors
-from .generators import layer_generator
+from .experts import find_experts
 from .methods import Factors, Method, get_method
 from .methods.auto import Auto, Choice
-from .methods.method import Fit, TrainedMethod, start_layer
+from .methods.method import Fit, TrainedMethod
 from .offset import is_attached
+from .one_layer import match_rate, move, row_left_alone, row_without_rank, solve, write
 from .processes import Group, Processes, unwrapped
 from .quantized import unpacked
 from .ranks import RankRule, Rule
 from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
-from .solving import Done, Known, each_layer
+from .solving import Known, each_layer
 from .statistics.batches import iterate
 
 
@@ -129,174 +126,210 @@ def initialize(
     """
     processes = Processes(process_group)
     with processes.failing_together():
+        _check_choice("base", base, ("auto", *get_args(Base)))
+        _check_choice("on_unsupported", on_unsupported, ("error", "default"))
         return _initialize(
-            unwrapped(model),
-            get_method(method),
-            data=data,
-            adapter_name=adapter_name,
-            seed=seed,
-            base=base,
-            max_batches=max_batches,
-            memory_budget=memory_budget,
-            ranks=ranks,
-            micro_batch=micro_batch,
-            offload=offload,
-            cache=cache,
-            proxy_data=proxy_data,
-            on_unsupported=on_unsupported,
-            match_lr=match_lr,
-            processes=processes,
-            progress=progress,
-        )
-
-
-def _initialize(
-    model: nn.Module,
-    method: Method,
-    *,
-    data: Iterable[Any] | None,
-    adapter_name: str,
-    seed: int,
-    base: Literal["auto", "offset", "keep", "subtract"],
-    max_batches: int | None,
-    memory_budget: int | str | None,
-    ranks: Rule | RankRule,
-    micro_batch: int | None,
-    offload: bool,
-    cache: str | os.PathLike[str] | None,
-    proxy_data: Iterable[Any] | None,
-    on_unsupported: Literal["error", "default"],
-    match_lr: bool,
-    processes: Processes,
-    progress: bool,
-) -> InitReport:
-    """Do what `initialize` does, in one of the processes that do it."""
-    asked = method
-    details: dict[str, Any] = {}
-    if isinstance(method, Auto):
-        data = list(data) if isinstance(data, Iterator) else data  # the choice may look at them before the start does
-        method, matched, reasons = _choose(method, model, data, adapter_name, max_batches, seed)
-        details["choice"] = {"method": method.info.name, "match_lr": matched, "reasons": list(reasons)}
-        match_lr = match_lr or matched
-    _check_choice("base", base, ("auto", *get_args(Base)))
-    _check_choice("on_unsupported", on_unsupported, ("error", "default"))
-    rule = rank_rule(ranks, method)
-    treatment: Base = base if base != "auto" else "offset" if method.product == "preserve" else "keep"
-    sites, unsupported = find_sites(model, adapter_name)
-    experts, refused = find_experts(model, adapter_name)
-    if reason := _not_for_experts(method, rule, match_lr):
-        refused |= {stack.name: reason for stack in experts}
-    sites += [stack for stack in experts if stack.name not in refused]
-    started = {site.name for site in sites}
-    unsupported = {name: why for name, why in (unsupported | refused).items() if name not in started}
-    _check_startable(model, adapter_name, sites, unsupported, method, on_unsupported)
-    if treatment == "subtract":
-        check_can_subtract(model, sites)
-    _check_processes(model, sites, method, processes)
-    _check_agreement(
-        sites,
-        processes,
-        {
-            "method": method.info.name,
-            **{f"the option {name}": value for name, value in _options(method).items()},
-            "seed": seed,
-            "base": treatment,
-            "ranks": dataclasses.asdict(rule),
-            "match_lr": match_lr,
-            "memory_budget": parse_bytes(memory_budget),
-            "cache (or none)": cache is not None,
-            "proxy_data (or none)": proxy_data is not None,
-        },
-    )
-
-    layers = lora_layers(model, adapter_name)
-    with all_or_nothing() as undo, unpacked(model), uncompiled():
-        scalings = rescale.begin(model, adapter_name, undo, needed=match_lr)
-        with measure() as cost:
-            saved: dict[str, Any] = {"processes": processes.size} if processes.size > 1 else {}
-            remarks: list[str] = []
-            starved: list[LoraSite] = []
-            batches = usable_batches(method, data, max_batches, cached=cache is not None)
-            rows: dict[str, LayerReport] = {}
-            collecting = functools.partial(
-                layer_groups,
-                model,
-                method,
-                collected_sums(method, rule, seed),
-                batches,
-                proxy_data,
+            _Call(
+                model=unwrapped(model),
+                asked=get_method(method),
+                data=data,
+                adapter_name=adapter_name,
+                seed=seed,
+                base=base,
+                max_batches=max_batches,
                 memory_budget=parse_bytes(memory_budget),
+                ranks=ranks,
                 micro_batch=micro_batch,
                 offload=offload,
                 cache=cache,
-                saved=saved,
-                remarks=remarks,
+                proxy_data=proxy_data,
+                skip=on_unsupported,
+                match_lr=match_lr,
                 processes=processes,
                 progress=progress,
             )
-            groups = collecting(sites)
-            if rule.rule != "fixed":
-                bare = {site.name: _without_rank(site) for site in sites}
-                kept, groups = share_out(
-                    model, sites, method, rule, seed, collecting, undo, processes, skip=on_unsupported
-                )
-                names = {site.name for site in kept}
-                rows = {name: row for name, row in bare.items() if name not in names}
-            solve = functools.partial(_solve, method=method, seed=seed)
-            zero = method.info.product == "zero"
-            write = functools.partial(_write, base=treatment, undo=undo, zero=zero, skip=on_unsupported)
-            with tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not progress, leave=False) as bar:
-                for group, statistics, alone in _and_the_starved(groups, collecting, starved):
-                    for done in each_layer(group, statistics, solve, processes, skip=on_unsupported, alone=alone):
-                        if done.starved:
-                            starved.append(done.site)
-                            continue
-                        written = write(done)
-                        if isinstance(written, LayerReport):
-                            rows[done.site.name] = written
-                        else:
-                            unsupported[done.site.name] = written
-                        bar.update()
-            started = [site for site in sites if site.name in rows]
-            fit = _fit(model, started, method, batches, seed, processes, progress)
-            for site in started:
-                row = _move(site, rows[site.name], fit.starts.get(site.name))
-                rows[site.name] = _match(site, row, undo) if match_lr else row
-        for name, layer in layers:
-            if name in unsupported:
-                rows[name] = _left_alone(name, layer, adapter_name, unsupported[name])
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What `initialize` was asked for, and how `Auto` has chosen."""
+
+    model: nn.Module
+    asked: Method
+    data: Iterable[Any] | None
+    adapter_name: str
+    seed: int
+    base: Literal["auto", "offset", "keep", "subtract"]
+    max_batches: int | None
+    memory_budget: int | None
+    ranks: Rule | RankRule
+    micro_batch: int | None
+    offload: bool
+    cache: str | os.PathLike[str] | None
+    proxy_data: Iterable[Any] | None
+    skip: Literal["error", "default"]
+    match_lr: bool
+    processes: Processes
+    progress: bool
+    chosen: Choice | None = None
+
+    @property
+    def method(self) -> Method:
+        """The method that computes the start."""
+        return self.asked if self.chosen is None else self.chosen.method
+
+    @functools.cached_property
+    def rule(self) -> RankRule:
+        """How the layers get their ranks."""
+        return rank_rule(self.ranks, self.method)
+
+    @property
+    def treatment(self) -> Base:
+        """What is done about BA."""
+        if self.base != "auto":
+            return self.base
+        return "offset" if self.method.product == "preserve" else "keep"
+
+
+class _Started(NamedTuple):
+    """What came of the layers.
+
+    Attributes:
+        rows: of the report, by layer.
+        refused: why the method could not start others, by layer.
+        warnings: what concerns no single layer.
+        details: what the method and the statistics have to tell.
+    """
+
+    rows: dict[str, LayerReport]
+    refused: dict[str, str]
+    warnings: tuple[str, ...]
+    details: dict[str, Any]
+
+
+def _initialize(call: _Call) -> InitReport:
+    """Do what `initialize` does, in one of the processes that do it."""
+    call = _chosen(call)
+    model, adapter_name = call.model, call.adapter_name
+    sites, unsupported = _find(call)
+    _check_agreement(call, sites)
+    layers = lora_layers(model, adapter_name)
+    with all_or_nothing() as undo, unpacked(model), uncompiled():
+        scalings = rescale.begin(model, adapter_name, undo, needed=call.match_lr)
+        with measure() as cost:
+            started = _start(call, sites, undo)
+        unsupported |= started.refused
+        left = {n: row_left_alone(n, layer, adapter_name, unsupported[n]) for n, layer in layers if n in unsupported}
+        rows = started.rows | left
         report = InitReport(
-            method=asked.info.name,
-            status=method.info.status,
-            options=_options(asked),
-            base=base,
+            method=call.asked.info.name,
+            status=call.method.info.status,
+            options=_options(call.asked),
+            base=call.base,
             adapter_name=adapter_name,
-            seed=seed,
+            seed=call.seed,
             layers=tuple(rows[name] for name, _ in layers),
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
-            ranks=dataclasses.asdict(rule),
-            warnings=(*remarks, *_starved_remarks(starved), *fit.warnings, *serving.remarks(rows.values())),
-            details=details | fit.details | saved,
+            ranks=dataclasses.asdict(call.rule),
+            warnings=(*started.warnings, *serving.remarks(started.rows.values())),
+            details=started.details,
         )
         rescale.finish(model, adapter_name, scalings, undo)
         for name, reason in unsupported.items():
-            warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=2)
+            warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=3)
         checkpoint.mark_started(model, adapter_name, report)
     return report
 
 
-def _choose(
-    auto: Auto, model: nn.Module, data: Iterable[Any] | None, adapter_name: str, max_batches: int | None, seed: int
-) -> Choice:
+def _find(call: _Call) -> tuple[list[LoraSite], dict[str, str]]:
+    """Return the layers to start, and why others cannot be; raise on what is known to be wrong by now."""
+    sites, unsupported = find_sites(call.model, call.adapter_name)
+    experts, refused = find_experts(call.model, call.adapter_name)
+    if reason := _not_for_experts(call.method, call.rule, call.match_lr):
+        refused |= {stack.name: reason for stack in experts}
+    sites += [stack for stack in experts if stack.name not in refused]
+    found = {site.name for site in sites}
+    unsupported = {name: why for name, why in (unsupported | refused).items() if name not in found}
+    _check_startable(call.model, call.adapter_name, sites, unsupported, call.method, call.skip)
+    if call.treatment == "subtract":
+        check_can_subtract(call.model, sites)
+    _check_processes(sites, call.method, call.processes)
+    return sites, unsupported
+
+
+def _start(call: _Call, sites: list[LoraSite], undo: Undo) -> _Started:
+    """Compute and write the start of the layers, and what a short training of the method makes of it."""
+    method, processes = call.method, call.processes
+    details: dict[str, Any] = {"processes": processes.size} if processes.size > 1 else {}
+    if call.chosen is not None:
+        details["choice"] = call.chosen.to_dict()
+    remarks: list[str] = []
+    starved: list[LoraSite] = []
+    rows: dict[str, LayerReport] = {}
+    refused: dict[str, str] = {}
+    batches = usable_batches(method, call.data, call.max_batches, cached=call.cache is not None)
+    collecting = functools.partial(
+        layer_groups,
+        call.model,
+        method,
+        collected_sums(method, call.rule, call.seed),
+        batches,
+        call.proxy_data,
+        memory_budget=call.memory_budget,
+        micro_batch=call.micro_batch,
+        offload=call.offload,
+        cache=call.cache,
+        saved=details,
+        remarks=remarks,
+        processes=processes,
+        progress=call.progress,
+    )
+    groups = collecting(sites)
+    if call.rule.rule != "fixed":
+        bare = {site.name: row_without_rank(site) for site in sites}
+        kept, groups = share_out(
+            call.model, sites, method, call.rule, call.seed, collecting, undo, processes, skip=call.skip
+        )
+        rows = {name: row for name, row in bare.items() if name not in {site.name for site in kept}}
+    solving = functools.partial(solve, method=method, seed=call.seed)
+    zero = method.info.product == "zero"
+    with tqdm(total=len(sites), desc=f"{method.info.name} start", disable=not call.progress, leave=False) as bar:
+        for group, statistics, alone in _and_the_starved(groups, collecting, starved):
+            for done in each_layer(group, statistics, solving, processes, skip=call.skip, alone=alone):
+                if done.starved:
+                    starved.append(done.site)
+                    continue
+                written = write(done, base=call.treatment, undo=undo, zero=zero, skip=call.skip)
+                (rows if isinstance(written, LayerReport) else refused)[done.site.name] = written  # pyright: ignore
+                bar.update()
+    started = [site for site in sites if site.name in rows]
+    fit = _fit(call, started, batches)
+    for site in started:
+        row = move(site, rows[site.name], fit.starts.get(site.name))
+        rows[site.name] = match_rate(site, row, undo) if call.match_lr else row
+    return _Started(rows, refused, (*remarks, *_starved_remarks(starved), *fit.warnings), fit.details | details)
+
+
+def _chosen(call: _Call) -> _Call:
     """Make the choice of `Auto`; the fresh adapter is only diagnosed if that can change it."""
+    auto = call.asked
+    if not isinstance(auto, Auto):
+        return call
+    # an iterator is read by the choice and by the start
+    data = list(call.data) if isinstance(call.data, Iterator) else call.data
     features: dict[str, float] = {}
     if data is not None and any(entry.where for entry in auto.table() if entry.helps):
         from .diagnostics.diagnose import diagnose  # needs more than a start does
 
-        found = diagnose(model, data, adapter_name=adapter_name, max_batches=max_batches or 8, bootstrap=0, seed=seed)
+        most = call.max_batches or 8
+        found = diagnose(
+            call.model, data, adapter_name=call.adapter_name, max_batches=most, bootstrap=0, seed=call.seed
+        )
         features = {name: value for name, value in found.to_dict().items() if isinstance(value, float)}
-    return auto.choose(features, with_data=data is not None)
+    choice = auto.choose(features, with_data=data is not None)
+    return dataclasses.replace(call, data=data, chosen=choice, match_lr=call.match_lr or choice.match_lr)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -304,7 +337,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise LoraInitError(f"{name}={value!r} is not one of {list(choices)}")
 
 
-def _check_processes(model: nn.Module, sites: list[LoraSite], method: Method, processes: Processes) -> None:
+def _check_processes(sites: list[LoraSite], method: Method, processes: Processes) -> None:
     """Raise unless the processes can do what the method asks, and hold all of a sharded model."""
     if processes.size > 1 and method.request is not None and "odd_weight_gradient" in method.request.streams:
         raise LoraInitError(
@@ -328,10 +361,22 @@ def _check_processes(model: nn.Module, sites: list[LoraSite], method: Method, pr
         )
 
 
-def _check_agreement(sites: list[LoraSite], processes: Processes, arguments: dict[str, Any]) -> None:
+def _check_agreement(call: _Call, sites: list[LoraSite]) -> None:
     """Raise unless all processes start the same layers of the same base in the same way."""
+    processes = call.processes
     if processes.size == 1:
         return
+    arguments = {
+        "method": call.method.info.name,
+        **{f"the option {name}": value for name, value in _options(call.method).items()},
+        "seed": call.seed,
+        "base": call.treatment,
+        "ranks": dataclasses.asdict(call.rule),
+        "match_lr": call.match_lr,
+        "memory_budget": call.memory_budget,
+        "cache (or none)": call.cache is not None,
+        "proxy_data (or none)": call.proxy_data is not None,
+    }
     shapes = {
         f"layer '{s.name}' (kind, out, in, rank, scaling)": (s.kind, s.out_features, s.in_features, s.rank, s.scaling)
         for s in sites
@@ -387,23 +432,17 @@ def _not_for_experts(method: Method, rule: RankRule, match_lr: bool) -> str | No
     return "match_lr does not go with expert parameters" if match_lr else None
 
 
-def _fit(
-    model: nn.Module,
-    sites: list[LoraSite],
-    method: Method,
-    batches: Iterable[Any] | None,
-    seed: int,
-    processes: Processes,
-    progress: bool,
-) -> Fit:
+def _fit(call: _Call, sites: list[LoraSite], batches: Iterable[Any] | None) -> Fit:
     """Return what the method's short training came to; nothing for a method without one.
 
     Several processes put their data together and all do the same training, as one process would: it is too short to be
     worth the traffic of its gradients. What the first one finds is taken, whatever the rounding of the others.
     """
+    method, processes = call.method, call.processes
     if not (isinstance(method, TrainedMethod) and sites):
         return Fit({}, {})
-    fit = method.fit(model, sites, _together(method, batches, processes), seed=seed, progress=progress)
+    together = _together(method, batches, processes)
+    fit = method.fit(call.model, sites, together, seed=call.seed, progress=call.progress)
     if processes.size == 1:
         return fit
     first = {name: (None, factors) for name, factors in fit.starts.items()} if processes.rank == 0 else {}
@@ -436,130 +475,6 @@ def _starved_remarks(starved: list[LoraSite]) -> tuple[str, ...]:
     return tuple(
         f"layer '{site.name}': memory ran out while its start was computed; the data were run again for it alone"
         for site in starved
-    )
-
-
-class _Solved(NamedTuple):
-    """What is told about the start of a layer, beside its factors."""
-
-    weight_norm: float
-    seconds: float
-    remarks: tuple[str, ...]
-
-
-def _solve(site: LoraSite, known: Known, *, method: Method, seed: int) -> tuple[_Solved, Factors]:
-    """Compute the start of one layer."""
-    begin = time.perf_counter()
-    weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
-    with own_precision(site.device), warnings.catch_warnings(record=True) as remarks:  # they belong in the layer's row
-        warnings.simplefilter("always")
-        start = _factors(method, site, seed, known)
-    return _Solved(weight_norm, time.perf_counter() - begin, tuple(str(r.message) for r in remarks)), start
-
-
-def _write(done: Done, *, base: Base, undo: Undo, zero: bool, skip: str) -> LayerReport | str:
-    """Write the start of one layer; return its row, or why it could not be started (an error unless ``skip`` says so).
-
-    Args:
-        done: what `_solve` came to.
-        base: what to do about BA.
-        undo: remembers what was there.
-        zero: BA is zero by the method's design.
-        skip: ``"error"`` or ``"default"``.
-    """
-    if done.refused is not None:
-        return done.refused
-    begin = time.perf_counter()
-    site, solved = done.site, done.about
-    try:
-        with own_precision(site.device):
-            held = write_start(site, Factors(*done.tensors), base, undo)
-            size = site.update_norm()
-    except UnsupportedLayerError as error:
-        if skip == "error":
-            raise
-        return str(error)
-    row_base = base if held else "none" if size == 0 or zero else "keep"
-    norm = solved.weight_norm
-    return LayerReport(
-        name=site.name,
-        kind=site.kind,
-        shape=(site.out_features, site.in_features),
-        rank=site.rank,
-        scaling=site.scaling,
-        base=row_base,
-        relative_size=size / norm if norm > 0 else None,
-        seconds=solved.seconds + time.perf_counter() - begin,
-        extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
-        warnings=(*done.remarks, *solved.remarks, *_layer_warnings(site, size, norm, base)),
-    )
-
-
-def _factors(method: Method, site: LoraSite, seed: int, known: Known) -> Factors:
-    """Return the start of a layer; of expert parameters, that of every expert."""
-    if isinstance(site, Experts):
-        starts = [start_layer(method, expert, layer_generator(seed, expert.name)) for expert in site.members]
-        for expert, factors in zip(site.members, starts, strict=True):
-            if not any(bool(factor.any()) for factor in factors):
-                raise UnsupportedLayerError(f"'{expert.name}': the start is dead, A = B = 0; is the weight zero?")
-        return Factors(*stack_factors(starts))
-    return start_layer(method, site, layer_generator(seed, site.name), *known)
-
-
-def _match(site: LoraSite, row: LayerReport, undo: Undo) -> LayerReport:
-    """Re-express the start at another scale, for `match_lr`."""
-    if row.rank == 0:  # the adapter was taken off
-        return row
-    ratio = rescale.match(site, undo)
-    return dataclasses.replace(row, scaling=site.scaling, rate_ratio=ratio)
-
-
-def _move(site: LoraSite, row: LayerReport, factors: Factors | None) -> LayerReport:
-    """Write the factors that a short training came to, if any, over the start; what was frozen or subtracted stays."""
-    if factors is None:
-        return row
-    write_factors(site, factors)
-    size, norm = site.update_norm(), site.weight_norm
-    base = "keep" if row.base == "none" and size > 0 else row.base
-    remarks = (*row.warnings, *_layer_warnings(site, size, norm, "keep")) if base == "keep" else row.warnings
-    return dataclasses.replace(
-        row, base=base, relative_size=size / norm if norm > 0 else None, warnings=tuple(dict.fromkeys(remarks))
-    )
-
-
-def _layer_warnings(site: LoraSite, size: float, weight_norm: float, base: Base) -> tuple[str, ...]:
-    if base == "keep" and size > weight_norm > 0:
-        return (f"the kept step s·BA is {size / weight_norm:.1f} times as large as the weight itself",)
-    if base == "subtract" and size > 0 and getattr(site.layer.lora_dropout[site.adapter], "p", 0) > 0:
-        return ("lora_dropout drops s·BA but not what was subtracted: the function changes while training",)
-    return ()
-
-
-def _without_rank(site: LoraSite) -> LayerReport:
-    return LayerReport(
-        name=site.name,
-        kind=site.kind,
-        shape=(site.out_features, site.in_features),
-        rank=0,
-        scaling=site.scaling,
-        base="none",
-        relative_size=0.0,
-        seconds=0.0,
-        warnings=("its components were worth less than those of other layers: rank 0, the adapter was taken off",),
-    )
-
-
-def _left_alone(name: str, layer: LoraLayer, adapter_name: str, reason: str) -> LayerReport:
-    return LayerReport(
-        name=name,
-        kind="default",
-        shape=(int(layer.out_features or 0), int(layer.in_features or 0)),
-        rank=layer.r[adapter_name],
-        scaling=float(layer.scaling[adapter_name]),
-        base="offset" if adapter_name in layer.lora_A and is_attached(layer.lora_A[adapter_name]) else "none",
-        relative_size=None,
-        seconds=0.0,
-        warnings=(f"left as it was: {reason}",),
     )
 
 

@@ -114,8 +114,9 @@ def _work_on(site: LoraSite, known: Known, work: Work, skip: str, *, alone: bool
     """Do the work on a layer; once more on the CPU, if its device has not the memory for it."""
     remarks: tuple[str, ...] = ()
     last = ""
+    elsewhere = site.device.type != "cpu" and site.kind != "experts"
     try:
-        for place in (site, on_cpu(site)) if site.device.type != "cpu" else (site,):
+        for place in (site, on_cpu(site)) if elsewhere else (site,):
             try:
                 about, tensors = work(place, known)
                 return Done(site, about, [tensor.to(site.device) for tensor in tensors], None, remarks)

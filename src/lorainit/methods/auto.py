@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -67,6 +67,10 @@ class Choice(NamedTuple):
     method: Method
     match_lr: bool
     reasons: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the choice as JSON types."""
+        return {"method": self.method.info.name, "match_lr": self.match_lr, "reasons": list(self.reasons)}
 
 
 @dataclasses.dataclass(frozen=True)
