@@ -213,7 +213,14 @@ def _add_train(parser: Any) -> None:
 
 def _add_table(parser: Any) -> None:
     parser.add_argument("file", type=str, help="table file, such as recipes/tables/t5_glue.yaml")
-    parser.add_function_arguments(table, as_group=False, skip={"file", "show"})
+    for name, kind, what in (
+        ("row", str, "only these rows"),
+        ("column", str, "only these columns"),
+        ("seeds", int, "instead of the table's"),
+        ("rates", float, "learning rates instead of the table's"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, nargs="+", help=what)
+    parser.add_function_arguments(table, as_group=False, skip={"file", "row", "column", "seeds", "rates", "show"})
     parser.add_argument("--show", action="store_true", help="run nothing, only print the table")
 
 

@@ -69,7 +69,7 @@ def page(table: Table, place: Place) -> str:
             f"Each row at its best of the rates {rates}, which stands in brackets. It is chosen on the scores that are "
             "shown: the best of several draws, for every row alike.",
             "",
-            *_grid(table, measured, lambda row, column: measured.best(row, column)),
+            *_grid(table, measured, measured.best),
             f"All rows at the rate that is best for {table.reference}:",
             "",
             *_grid(table, measured, lambda row, column: measured.best(table.reference, column), published=False),

@@ -16,9 +16,9 @@
     small:                              # the same on what fits here: other models, columns, budgets, more rows
       recipe: {model: some/folder}
 
-Two kinds of text stand for what another run leaves: ``teacher:ROW`` and ``teacher:ROW@COLUMN`` for the adapter folder of
-that row, trained at its own rate with another seed, and ``drift:ROW`` for how far its start moved each layer. ``{data}``
-in a text is the folder that the driver is given.
+Two kinds of text stand for what another run leaves: ``teacher:ROW`` and ``teacher:ROW@COLUMN`` for the adapter folder
+of that row, trained at its own rate with another seed, and ``drift:ROW`` for how far its start moved each layer.
+``{data}`` in a text is the folder that the driver is given.
 """
 
 from __future__ import annotations
