@@ -1,4 +1,4 @@
-"""A small T5 with ReLU feed-forward layers, pretrained by span corruption on public-domain books, Wikipedia and stories.
+"""A small T5 with ReLU feed-forward layers, pretrained by span corruption on books, Wikipedia and stories.
 
     python benchmarks/backbones/pretrain_t5.py --shared FOLDER     # resumable; 20 minutes of one CPU core
 
@@ -202,5 +202,5 @@ def main(shared: Path, epochs: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
-    parser.add_argument("--epochs", type=float, default=0.5)
+    parser.add_argument("--epochs", type=float, default=0.35)
     main(**vars(parser.parse_args()))

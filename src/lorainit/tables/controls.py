@@ -1,4 +1,4 @@
-"""Starts that say what a start trained beforehand is worth: without them a gain could be the teacher's, or mere size."""
+"""Starts that tell what a start trained beforehand is worth: a gain could be the teacher's, or mere size."""
 
 from __future__ import annotations
 
