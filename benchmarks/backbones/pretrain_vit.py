@@ -92,7 +92,9 @@ def main(data: Path, epochs: float) -> None:
         num_labels=200,
     )
     torch.manual_seed(0)
-    model = ViTForImageClassification(config)
+    last = get_last_checkpoint(str(SCRATCH)) if SCRATCH.is_dir() else None
+    # the weights themselves: Trainer's own resume does not know that Transformers 5 stores a ViT under its old names
+    model = ViTForImageClassification.from_pretrained(last) if last else ViTForImageClassification(config)
     arguments = TrainingArguments(
         output_dir=str(SCRATCH),
         num_train_epochs=epochs,
@@ -122,7 +124,6 @@ def main(data: Path, epochs: float) -> None:
     )
     model.vit.embeddings.register_forward_hook(trainer.drop)
     begin, processor = time.perf_counter(), time.process_time()
-    last = get_last_checkpoint(str(SCRATCH)) if SCRATCH.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     cost = {"wall_seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - processor}
     scores = trainer.evaluate()

@@ -122,7 +122,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     """
     task = get_task(recipe.task, **recipe.task_options)
     method = get_method(recipe.method, **recipe.method_options)  # checked before anything is loaded
-    baselines.check(recipe.adapter, recipe.method, recipe.lora_plus)
+    baselines.check(recipe.adapter, recipe.method, recipe.lora_plus, recipe.resume)
     output = Path(recipe.output)
     arguments = _training_arguments(recipe, output)
     set_seed(recipe.seed)
