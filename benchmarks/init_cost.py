@@ -60,7 +60,9 @@ def rows(name: str, method: str) -> list[dict[str, torch.Tensor]]:
     count = ABM_STEPS if method == "abm" else ROWS
     if name == "vit-b16":
         return [{"pixel_values": torch.randn(1, 3, 224, 224), "labels": torch.tensor([i])} for i in range(count)]
-    return [{"input_ids": torch.randint(100, 32000, (1, TOKENS)), "labels": torch.tensor([[7, 1]])} for _ in range(count)]
+    return [
+        {"input_ids": torch.randint(100, 32000, (1, TOKENS)), "labels": torch.tensor([[7, 1]])} for _ in range(count)
+    ]
 
 
 def one(model_name: str, method: str) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def table(found: dict[str, Any]) -> str:
         "# What a start costs on T5-base and ViT-B/16",
         "",
         "Made by `python benchmarks/init_cost.py`: random weights, float32, one thread of a shared machine, CPU seconds;",
-        f"memory is the peak above the model's own weights. `abm` is {ABM_STEPS} steps of one row with the base as teacher",
+        f"memory is the peak above the model's own weights. `abm` is {ABM_STEPS} steps of one row, the base as teacher",
         f"(the paper's 100 take five times as long), `lora-ga` the gradient of {ROWS} rows. The paper reports 16.65 to",
         "18.04 s and 1.74 to 1.75 GB for 100 steps of stage 1 on T5-base, on a machine with an accelerator.",
         "",

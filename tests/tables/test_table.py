@@ -106,10 +106,22 @@ def test_runs_can_be_narrowed(file) -> None:
         ({"rows": {"A": {"data": {"pth": "x"}}}}, "row 'A', column 'One': .*pth"),
         ({"rows": {"A": {"method_options": {"teacher": "teacher:B"}}}}, "'teacher:B' names no row and column"),
         ({"rows": {"A": {"method": "continue", "method_options": {"x": 1}}}}, "row 'A', column 'One': .*x"),
+        ({"rows": {"A": {"method_options": {"teacher": "teacher:A"}}}}, "row 'A', column 'One' is its own teacher"),
+        ({"rows": {"A (b)": {}, "A b": {}}}, "would have the same file name 'a-b'"),
         ({"published": {"LoRA": [1.0]}}, "published row 'LoRA' has 1 values"),
         ({"small": {}}, "has no scale 'small'"),
     ],
-    ids=["field", "recipe field", "nested field", "reference", "control option", "published", "scale"],
+    ids=[
+        "field",
+        "recipe field",
+        "nested field",
+        "reference",
+        "control option",
+        "circle",
+        "same file",
+        "published",
+        "scale",
+    ],
 )
 def test_a_wrong_table_file_is_refused_by_name(file, changes, message) -> None:
     with pytest.raises(LoraInitError, match=message):

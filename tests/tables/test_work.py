@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -8,7 +9,7 @@ import yaml
 
 from lorainit.cli import main
 from lorainit.errors import LoraInitError
-from lorainit.tables.page import page
+from lorainit.tables.page import Measured, page
 from lorainit.tables.table import Run, read_table
 from lorainit.tables.work import Place, carry_out, taken, work
 from runs import save_images, save_tiny_vit
@@ -94,6 +95,18 @@ def test_the_page_shows_the_best_rate_the_matched_one_and_what_was_published(don
     }
     best = max(scores, key=scores.__getitem__)
     assert f"| LoRA | {100 * scores[best]:.2f} [{best:g}]<br>*12.5* |" in text
+
+
+def test_losses_are_better_when_lower_and_an_unknown_metric_is_refused(done) -> None:
+    table, place = done
+    losses = {
+        rate: json.loads(place.result(table, Run("LoRA", "Digits", 0, rate)).read_text())["metrics"]["loss"]
+        for rate in (1e-3, 1e-2)
+    }
+    best = Measured(dataclasses.replace(table, score="loss"), place).best("LoRA", "Digits")
+    assert best == min(losses, key=losses.__getitem__)
+    with pytest.raises(LoraInitError, match="shows 'f1', but row 'LoRA' has only"):
+        page(dataclasses.replace(table, score="f1"), place)
 
 
 def test_a_row_that_fails_says_which_it_is_and_leaves_no_result(table_file, tmp_path) -> None:

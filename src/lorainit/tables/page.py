@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import LoraInitError
 from ..tasks.vtab import means
 from .table import Run, Table
 from .work import Place, read_result
@@ -27,12 +28,21 @@ class Measured:
         self.results: dict[Run, dict[str, Any]] = {run: result for run, result in found.items() if result}
 
     def scores(self, row: str, column: str, rate: float | None) -> Scores:
-        """Return {seed: score} of a cell at a rate."""
-        return {
-            run.seed: self.table.times * result["metrics"][self.table.score]
-            for run, result in self.results.items()
-            if (run.row, run.column, run.rate) == (row, column, rate)
-        }
+        """Return {seed: score} of a cell at a rate.
+
+        Raises:
+            LoraInitError: the runs have no such metric.
+        """
+        found = {}
+        for run, result in self.results.items():
+            if (run.row, run.column, run.rate) == (row, column, rate):
+                if self.table.score not in result["metrics"]:
+                    raise LoraInitError(
+                        f"table '{self.table.name}' shows '{self.table.score}', but row '{row}' has only "
+                        f"{list(result['metrics'])}"
+                    )
+                found[run.seed] = self.table.times * result["metrics"][self.table.score]
+        return found
 
     def rates(self, row: str, column: str) -> list[float | None]:
         """Return the rates at which a cell has been measured."""
@@ -40,9 +50,10 @@ class Measured:
         return sorted(found, key=lambda rate: rate or 0.0)
 
     def best(self, row: str, column: str) -> float | None:
-        """Return the rate of a cell's highest mean score, or None where the row's own is all there is."""
-        rates = self.rates(row, column)
-        return max(rates, key=lambda rate: statistics.mean(self.scores(row, column, rate).values()), default=None)
+        """Return the rate of a cell's best mean score, or None where the row's own is all there is."""
+        sign = -1 if self.table.score == "loss" else 1
+        means = {rate: statistics.mean(self.scores(row, column, rate).values()) for rate in self.rates(row, column)}
+        return max(means, key=lambda rate: sign * means[rate], default=None)
 
     def hours(self) -> float | None:
         """Return what the missing runs will take, going by those that are done; None before the first."""

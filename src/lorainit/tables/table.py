@@ -227,10 +227,23 @@ def read_table(file: str | Path, scale: str = "paper") -> Table:
         notes=tuple(content.get("notes", ())),
         keep_adapters=content.get("keep_adapters", False),
     )
-    for run in table.runs():
-        table.needs(run)
+    names = [slug(row) for row in rows]
+    same = [row for row in rows if names.count(slug(row)) > 1]
+    if same:
+        raise LoraInitError(f"{path}: the rows {same} would have the same file name '{slug(same[0])}'")
+    for run in table.selected(seeds=list(table.seeds)[:1], rates=[]).runs():
+        _check_order(table, run, ())
         build(table, run, {}, "{data}")
     return table
+
+
+def _check_order(table: Table, run: Run, before: tuple[tuple[str, str], ...]) -> None:
+    """Raise if a run needs, through others, a run of its own row and column."""
+    here = (run.row, run.column)
+    if here in before:
+        raise LoraInitError(f"table '{table.name}': row '{run.row}', column '{run.column}' is its own teacher")
+    for need in table.needs(run).values():
+        _check_order(table, need, (*before, here))
 
 
 def build(table: Table, run: Run, found: Mapping[str, Any], data: str, output: str = "") -> Recipe:
