@@ -1,7 +1,7 @@
 """Every published table on the small models and data that fit here; resumable, shareable.
 
     python benchmarks/experiments.py --data FOLDER              # all that is missing; start it twice for two workers
-    python benchmarks/experiments.py --data FOLDER --mini       # minutes: a seed, a column, 20 steps, that all of it runs
+    python benchmarks/experiments.py --data FOLDER --mini       # a seed, a column, 20 steps: does every row run?
     python benchmarks/experiments.py --only vtab t5_glue ...    # some tables
     python benchmarks/experiments.py --list                     # what is done, what is missing, and its hours
     python benchmarks/experiments.py --page                     # only docs/experiments.md, from the results there are
@@ -25,6 +25,18 @@ from lorainit.tables.work import Place, work
 RECIPES, PAGE = Path("recipes/tables"), Path("docs/experiments.md")
 TABLES = ("t5_glue", "vtab", "vtab_ablation", "deberta_glue", "llama_wizardlm", "llama_math")
 MINI_STEPS, MINI_ROWS = 20, 200
+HEAD = """# The papers' tables, beside what was measured here
+
+Made by `python benchmarks/experiments.py` from the JSON files in `benchmarks/results/tables/`. Where a machine with the
+hub and an accelerator is at hand, `lorainit table recipes/tables/NAME.yaml` runs the same rows on the papers' models;
+`--scale small` is what is shown here. *In italics* what the papers print, **for other models**: an absolute score here
+says nothing about theirs, only the order of the rows could.
+
+How to read it: the published tables compare rows at learning rates that differ or were not tuned for each row. So a
+table with several rates comes twice, every row at its own best rate, and every row at the rate that is best for vanilla
+LoRA. A gap is worth a look when it is larger than the deviations over seeds beside it, and when the controls do not show
+it too: continuing the teacher, plain feature distillation, as many more training steps, a random B of the same size.
+"""
 
 
 def place(data: str) -> Place:
@@ -56,28 +68,14 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
 
 def document() -> str:
     """Return docs/experiments.md."""
-    lines = [
-        "# The papers' tables, beside what was measured here",
-        "",
-        "Made by `python benchmarks/experiments.py` from the JSON files in `benchmarks/results/tables/`. Where a machine",
-        "with the hub and an accelerator is at hand, `lorainit table recipes/tables/NAME.yaml` runs the same rows on the",
-        "papers' models; `--scale small` is what is shown here. *In italics* what the papers print, **for other models**:",
-        "an absolute score here says nothing about theirs, only the order of the rows could.",
-        "",
-        "How to read it: the published tables compare rows at learning rates that differ or were not tuned for each row.",
-        "So each table comes twice, every row at its own best rate, and every row at the rate that is best for vanilla",
-        "LoRA. A gap is worth a look when it is larger than the deviations over seeds beside it, and when the controls do",
-        "not show it too: continuing the teacher, plain feature distillation, as many more training steps, a random B of",
-        "the same size.",
-        "",
-    ]
+    lines = [HEAD]
     for name in TABLES:
         small = read_table(RECIPES / f"{name}.yaml", "small")
         short = mini(small)
         lines.append(page(small, place("{data}")))
         if not Measured(small, place("{data}")).results and Measured(short, place("{data}")).results:
             lines += [
-                f"Only the short runs that prove that each row works have been made ({MINI_STEPS} steps, {MINI_ROWS} rows",
+                f"So far there are only short runs, proving that rows work ({MINI_STEPS} steps, {MINI_ROWS} rows",
                 "scored, one seed): their scores mean nothing.",
                 "",
                 page(dataclasses.replace(short, title=f"{short.title}: short runs", notes=()), place("{data}")),

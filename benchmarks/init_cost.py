@@ -83,8 +83,8 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "# What a start costs on T5-base and ViT-B/16",
         "",
-        "Made by `python benchmarks/init_cost.py`: random weights, float32, one thread of a shared machine, CPU seconds;",
-        f"memory is the peak above the model's own weights. `abm` is {ABM_STEPS} steps of one row, the base as teacher",
+        "Made by `python benchmarks/init_cost.py`: random weights, float32, one thread of a shared machine; memory",
+        f"is the peak above the model's own weights. `abm` is {ABM_STEPS} steps of one row, the base as teacher",
         f"(the paper's 100 take five times as long), `lora-ga` the gradient of {ROWS} rows. The paper reports 16.65 to",
         "18.04 s and 1.74 to 1.75 GB for 100 steps of stage 1 on T5-base, on a machine with an accelerator.",
         "",

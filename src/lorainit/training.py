@@ -164,7 +164,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if recipe.adapter == "lora":
         checkpoint.save_pretrained(model, output / "adapter")
     else:
-        model.save_pretrained(output / ("adapter" if recipe.adapter == "adalora" else "model"))
+        model.save_pretrained(str(output / ("adapter" if recipe.adapter == "adalora" else "model")))
 
     result = {
         "method": report.method if report else {"adalora": "adalora", "none": "full"}[recipe.adapter],

@@ -113,7 +113,7 @@ def _grid(
                 cells[column].append(f"*{value}*")
         for name, mean in _means(tasks, ours).items():
             cells[name].append(f"{mean:.2f}")
-        numbers = {column: value for column, value in printed.items() if isinstance(value, int | float)}
+        numbers = {column: float(value) for column, value in printed.items() if isinstance(value, int | float)}
         for name, mean in _means(tasks, numbers).items():
             cells[name].append(f"*{mean:.2f}*")
         lines.append(f"| {row} | " + " | ".join("<br>".join(texts) for texts in cells.values()) + " |")
