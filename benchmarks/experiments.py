@@ -34,8 +34,8 @@ says nothing about theirs, only the order of the rows could.
 
 How to read it: the published tables compare rows at learning rates that differ or were not tuned for each row. So a
 table with several rates comes twice, every row at its own best rate, and every row at the rate that is best for vanilla
-LoRA. A gap is worth a look when it is larger than the deviations over seeds beside it, and when the controls do not show
-it too: continuing the teacher, plain feature distillation, as many more training steps, a random B of the same size.
+LoRA. A gap is worth a look when it is larger than the deviations over seeds beside it, and when no control shows it
+too: continuing the teacher, plain feature distillation, as many more training steps, a random B of the same size.
 """
 
 

@@ -149,12 +149,14 @@ def main(shared: Path, epochs: float) -> None:
     )
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(config)
+    # T5's unit embeddings suit Adafactor, whose steps grow with the weights; AdamW would hardly move them
+    model.shared.weight.data.mul_(0.05)
     arguments = TrainingArguments(
         output_dir=str(SCRATCH),
         num_train_epochs=epochs,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
-        learning_rate=5e-3,
+        learning_rate=2e-3,
         warmup_steps=200,
         lr_scheduler_type="cosine",
         weight_decay=0.0,
@@ -202,5 +204,5 @@ def main(shared: Path, epochs: float) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
-    parser.add_argument("--epochs", type=float, default=0.35)
+    parser.add_argument("--epochs", type=float, default=0.6)
     main(**vars(parser.parse_args()))
