@@ -51,6 +51,15 @@ def test_final_trains_on_both_draws_and_scores_the_test_part(tmp_path) -> None:
         get_task("svhn").load_data(options, 0)
 
 
+def test_scored_images_are_a_fixed_draw_not_the_first(tmp_path) -> None:
+    for split in ("train", "validation", "test"):
+        colours(40, [i // 4 for i in range(40)]).to_parquet(str(tmp_path / f"{split}.parquet"))
+    options = DataOptions(path=str(tmp_path), eval_samples=10)
+    drawn = [get_task("svhn").load_data(options, seed)[1]["label"] for seed in (0, 1)]
+    assert list(drawn[0]) == list(drawn[1])
+    assert len(set(drawn[0])) > 5  # the first ten are of three classes
+
+
 def test_a_source_without_draws_gives_always_the_same_800_and_200(tmp_path) -> None:
     colours(1100).to_parquet(str(tmp_path / "train.parquet"))
     colours(5).to_parquet(str(tmp_path / "test.parquet"))

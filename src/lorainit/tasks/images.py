@@ -84,7 +84,8 @@ class ImageTask(Task):
         if options.train_samples is not None:
             train = train.shuffle(seed=seed).select(range(min(options.train_samples, len(train))))
         if options.eval_samples is not None:
-            evaluation = evaluation.select(range(min(options.eval_samples, len(evaluation))))
+            # a test part may be sorted by class, so that its first images would be of a few classes only
+            evaluation = evaluation.shuffle(seed=SPLIT_SEED).select(range(min(options.eval_samples, len(evaluation))))
         return train, evaluation
 
     def encode(self, rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:

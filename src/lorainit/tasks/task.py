@@ -25,7 +25,7 @@ class DataOptions:
     Attributes:
         path: folder with ``train.parquet`` and ``validation.parquet`` in the hub data set's columns; default: the hub.
         train_samples: use this many training rows, drawn with the run's seed; default: all.
-        eval_samples: use the first so many validation rows; default: all.
+        eval_samples: use the first so many validation rows, of images always the same random ones; default: all.
         max_length: tokens a row (or a block of text) holds at most.
     """
 
