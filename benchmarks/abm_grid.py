@@ -27,23 +27,19 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import torch
 
 import lorainit
-from lorainit import Factors, LoraSite, MethodInfo
-from lorainit.adapter_folder import read_adapter
-from lorainit.linalg import product_norm
-from lorainit.methods import kaiming
+from lorainit.tables.controls import CONTROLS
+from lorainit.tables.work import taken as lock_file
 from lorainit.tasks import DataOptions
 from lorainit.training import Calibration, Recipe, start, train
 
@@ -59,35 +55,8 @@ ARMS = ["vanilla", *ABM, "continue", "mse", "longer", "random-b"]
 TASKS = ("tinystories", "sst2", "cola", "mrpc", "rte")
 
 
-@lorainit.register
-@dataclasses.dataclass(frozen=True)
-class FromFolder(lorainit.Method):
-    """Control: the factors of a trained adapter, to be trained on."""
-
-    folder: str = ""
-
-    info: ClassVar = MethodInfo(name="grid-continue", summary="a trained adapter", paper="control", product="step")
-
-    def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
-        """Return the folder's factors of this layer."""
-        tensors = read_adapter(self.folder)[1]
-        return Factors(*(tensors[f"base_model.model.{site.name}.lora_{factor}.weight"] for factor in "AB"))
-
-
-@lorainit.register
-@dataclasses.dataclass(frozen=True)
-class RandomB(lorainit.Method):
-    """Control: kaiming's A, and a normal B scaled so that ‖sBA‖ = size·‖W‖."""
-
-    sizes: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    info: ClassVar = MethodInfo(name="grid-random-b", summary="random B", paper="control", product="step")
-
-    def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
-        """Return A and the scaled B."""
-        A, _ = kaiming.factors(site.out_features, site.in_features, site.rank, generator=generator)
-        B = torch.randn(site.out_features, site.rank, generator=generator)  # B = 0 where stage 1 reached nothing
-        return Factors(A, B * (self.sizes[site.name] * site.weight_norm / (site.scaling * product_norm(A, B))))
+for control in CONTROLS.values():
+    lorainit.register(control)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +148,11 @@ def method_of(job: Job) -> tuple[str, dict[str, Any]]:
     if job.kind == "teacher" or job.arm in ("vanilla", "longer"):
         return "kaiming", {}
     if job.arm == "continue":
-        return "grid-continue", {"folder": str(job.needs[0].folder)}
+        return "continue", {"folder": str(job.needs[0].folder)}
     if job.arm == "random-b":
         done = Job("start", job.task, job.seed, "abm-own-kaiming").folder / "lorainit.json"
         details = json.loads(done.read_text())["start"]["details"] if done.exists() else {}
-        return "grid-random-b", {"sizes": details.get("drift", {})}
+        return "random-b", {"sizes": details.get("drift", {})}
     teacher, origin = ("own", "kaiming") if job.arm == "mse" else job.arm.split("-")[1:]
     source = (
         "base"
@@ -222,35 +191,9 @@ def carry_out(job: Job, shared: str) -> None:
 
 @contextlib.contextmanager
 def taken(job: Job) -> Iterator[bool]:
-    """Take a job for this process; yields False where another living process has it."""
-    name = f"{job.kind}_{job.task}_{job.arm}_{job.rate:g}_{job.seed}.lock"
-    path = SCRATCH / "locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        holder = int(path.read_text())
-        if not _alive(holder):
-            path.unlink()
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        yield False
-        return
-    os.write(handle, str(os.getpid()).encode())
-    os.close(handle)
-    try:
-        yield not job.target.exists()
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    """Take a job for this process; yields False where another living process has it, or it is done."""
+    with lock_file(SCRATCH / "locks" / f"{job.kind}_{job.task}_{job.arm}_{job.rate:g}_{job.seed}.lock") as mine:
+        yield mine and not job.target.exists()
 
 
 def runs(tasks: list[str]) -> list[Job]:

@@ -38,3 +38,74 @@ def save_sentences(folder: Path, rows: int = 64) -> Path:
     table.to_parquet(str(folder / "train.parquet"))
     table.select(range(min(16, rows))).to_parquet(str(folder / "validation.parquet"))
     return folder
+
+
+def save_tiny_t5(folder: Path) -> Path:
+    """Write an untrained T5 with ReLU feed-forward layers and a word tokenizer that knows SST-2's label words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    labels = ("negative", "positive", "classify", "sentiment", "of", "text", "result", ":")
+    vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS, *labels))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+    fast.save_pretrained(folder)
+    config = T5Config(
+        vocab_size=len(vocabulary),
+        d_model=16,
+        d_ff=32,
+        d_kv=8,
+        num_heads=2,
+        num_layers=2,
+        feed_forward_proj="relu",
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_vit(folder: Path) -> Path:
+    """Write an untrained ViT for 8×8 images with a head for 5 classes, and its image processor."""
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_labels=5,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+def save_images(folder: Path, rows: int = 32, classes: int = 10) -> Path:
+    """Write train, validation and test images whose brightness is their class."""
+    from datasets import Features, Value
+    from datasets import Image as ImageFeature
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    features = Features({"image": ImageFeature(), "label": Value("int64")})
+    for split in ("train", "validation", "test"):
+        labels = [i % classes for i in range(rows)]
+        images = [Image.new("L", (8, 8), 25 * label) for label in labels]
+        table = Dataset.from_dict({"image": images, "label": labels}, features=features)
+        table.to_parquet(str(folder / f"{split}.parquet"))
+    return folder

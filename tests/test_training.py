@@ -6,11 +6,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import TrainingArguments
 
 from lorainit import LoraInitError, NonFiniteError, RankRule, available, checkpoint
 from lorainit.tasks import DataOptions, get_task
 from lorainit.training import Calibration, Recipe, evaluate, load_base, merge_folder, resolve_model, train
-from runs import save_sentences, save_tiny_bert
+from runs import save_images, save_sentences, save_tiny_bert, save_tiny_t5, save_tiny_vit
 
 QUIET = {"disable_tqdm": True, "per_device_train_batch_size": 8, "logging_steps": 1, "use_cpu": True}
 
@@ -176,3 +177,89 @@ def test_a_label_free_method_calibrates_on_a_file_without_labels_and_shares_rank
     with pytest.raises(LoraInitError, match="exclude each other"):
         both = Calibration(file="a", split="train")
         train(recipe(files, tmp_path / "three", method="eva", calibration=both))
+
+
+TINY = {"t5": (save_tiny_t5, "sst2-t5", save_sentences), "vit": (save_tiny_vit, "svhn", save_images)}
+
+
+@pytest.fixture(scope="module", params=list(TINY))
+def other(request, tmp_path_factory):
+    """A T5 with prompted sentences, a ViT with images: fields of a recipe."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save_model, task, save_rows = TINY[request.param]
+    data = DataOptions(path=str(save_rows(folder / "data")), max_length=32)
+    return {"model": str(save_model(folder / "model")), "task": task, "data": data}
+
+
+def small(other, output, steps: int = 3, **changes) -> Recipe:
+    fields = {"train": QUIET | {"max_steps": steps, "learning_rate": 1e-2, "per_device_train_batch_size": 8}}
+    return Recipe(**(other | {"output": str(output)} | fields | changes))
+
+
+def test_abm_matches_a_trained_teacher_on_t5_and_vit_and_the_adapter_loads_by_peft_alone(other, tmp_path) -> None:
+    train(small(other, tmp_path / "teacher", seed=1))
+    options = {"teacher": str(tmp_path / "teacher/adapter"), "steps": 3, "learning_rate": 1e-2, "batch_size": 8}
+    result = train(small(other, tmp_path / "abm", method="abm", method_options=options))
+    details = result["init"]["details"]
+    matched = list(details["matching"]["sites"])
+    assert all(name.endswith(("DenseReluDense.wi", "mlp.fc1", "intermediate.dense")) for name in matched)
+    assert {name.split(".")[0] for name in matched} in ({"encoder", "decoder"}, {"vit"})
+    assert details["loss_curve"][-1] < details["loss_curve"][0]
+    again = evaluate(other["model"], other["task"], adapter=str(tmp_path / "abm/adapter"), data=other["data"])
+    assert again == pytest.approx(result["metrics"], rel=1e-4)
+    assert {"loss", "accuracy"} <= set(again)
+
+
+def test_t5_and_vit_learn_what_their_rows_say(other, tmp_path) -> None:
+    untrained = train(small(other, tmp_path / "none", steps=1, train=QUIET | {"max_steps": 1, "learning_rate": 1e-9}))
+    result = train(small(other, tmp_path / "run", steps=40, lora={"r": 4}))
+    assert result["metrics"]["loss"] < untrained["metrics"]["loss"] - 0.5
+
+
+def test_adapters_on_t5_and_vit_merge_into_their_base(other, tmp_path) -> None:
+    result = train(small(other, tmp_path / "run"))
+    merge_folder(str(tmp_path / "run/adapter"), str(tmp_path / "merged"))
+    merged = evaluate(str(tmp_path / "merged"), other["task"], data=other["data"])
+    assert merged == pytest.approx(result["metrics"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "method", "trained"),
+    [
+        ({"lora_plus": 16.0}, "kaiming", "lora"),
+        ({"lora": {"use_dora": True}}, "kaiming", "lora"),
+        ({"lora": {"r": 4}, "adapter": "adalora"}, "adalora", "lora"),
+        ({"adapter": "none"}, "full", "all"),
+    ],
+    ids=["lora+", "dora", "adalora", "full"],
+)
+def test_what_starts_are_compared_with_trains_too(files, tmp_path, fields, method, trained) -> None:
+    result = train(recipe(files, tmp_path, **fields))
+    assert result["method"] == method
+    assert {"loss", "accuracy"} <= set(result["metrics"])
+    assert (tmp_path / ("model" if trained == "all" else "adapter")).is_dir()
+
+
+def test_lora_plus_gives_b_a_rate_of_its_own(files) -> None:
+    from lorainit.baselines import lora_plus_optimizer
+    from lorainit.training import add_lora
+
+    task = get_task("sst2")
+    model, _, fresh = load_base(files[0], task, "float32")
+    arguments = TrainingArguments(output_dir="runs/none", learning_rate=1e-3, report_to="none")
+    adapted = add_lora(model, task, {}, fresh)
+    optimizer = lora_plus_optimizer(adapted, arguments, 16.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and parameter.ndim > 1:  # PEFT counts a head's bias with B
+            assert rates[id(parameter)] == pytest.approx(16e-3 if "lora_B" in name else 1e-3)
+
+
+def test_adalora_spends_its_budget_where_it_matters(files, tmp_path) -> None:
+    options = {"r": 2, "init_r": 4, "tinit": 2, "tfinal": 2, "deltaT": 1}
+    train(recipe(files, tmp_path, adapter="adalora", lora=options, steps=12))
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    ranks = [sum(kept) for kept in config["rank_pattern"].values()]
+    # the mean rank has come down to the target, and layers differ
+    assert sum(ranks) == pytest.approx(2 * len(ranks), abs=1)
+    assert len(set(ranks)) > 1

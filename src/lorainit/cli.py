@@ -1,4 +1,4 @@
-"""The command line: ``lorainit methods | init | train | diagnose | evaluate | bench | report | export``.
+"""The command line: ``lorainit methods | init | train | table | diagnose | evaluate | bench | report | export``.
 
 ``lorainit evaluate mt-bench | alpaca-eval | gsm8k`` let the model write.
 """
@@ -96,6 +96,50 @@ def train(**recipe: Any) -> None:
     result = run(Recipe(**recipe))
     print(json.dumps(result["metrics"], indent=2))
     print(f"saved to {recipe['output']}: result.json, adapter/")
+
+
+def table(
+    file: str,
+    scale: str = "paper",
+    row: list[str] | None = None,
+    column: list[str] | None = None,
+    seeds: list[int] | None = None,
+    rates: list[float] | None = None,
+    data: str = "{data}",
+    results: str = "runs/tables/results",
+    scratch: str = "runs/tables/scratch",
+    show: bool = False,
+) -> None:
+    """Repeat a published table: carry out its missing runs, print what was measured beside what was printed.
+
+    Started twice with the same folders, two workers share the runs.
+
+    Args:
+        file: table file, such as recipes/tables/t5_glue.yaml.
+        scale: "paper", or "small" for the same rows on small models and local data.
+        row: only these rows.
+        column: only these columns.
+        seeds: instead of the table's.
+        rates: learning rates instead of the table's.
+        data: the folder that stands for {data} in the table file.
+        results: folder for one JSON a run; what is there is not run again.
+        scratch: folder for adapters that other rows need.
+        show: run nothing, only print the table.
+    """
+    from pathlib import Path
+
+    from .tables.page import Measured, page
+    from .tables.table import read_table
+    from .tables.work import Place, work
+
+    chosen = read_table(file, scale).selected(row, column, seeds, rates)
+    place = Place(Path(results), Path(scratch), data)
+    if not show:
+        work(chosen, chosen.runs(), place)
+    print(page(chosen, place))
+    left = Measured(chosen, place).hours()
+    if left:
+        print(f"missing: about {left:.1f} hours of one worker", file=sys.stderr)
 
 
 def diagnose(**options: Any) -> None:
@@ -243,6 +287,19 @@ def _add_train(parser: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
 
 
+def _add_table(parser: Any) -> None:
+    parser.add_argument("file", type=str, help="table file, such as recipes/tables/t5_glue.yaml")
+    for name, kind, what in (
+        ("row", str, "only these rows"),
+        ("column", str, "only these columns"),
+        ("seeds", int, "instead of the table's"),
+        ("rates", float, "learning rates instead of the table's"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, nargs="+", help=what)
+    parser.add_function_arguments(table, as_group=False, skip={"file", "row", "column", "seeds", "rates", "show"})
+    parser.add_argument("--show", action="store_true", help="run nothing, only print the table")
+
+
 def _add_diagnose(parser: Any) -> None:
     from .diagnostics.run import DiagnosisOptions
     from .training import Recipe
@@ -302,6 +359,7 @@ _COMMANDS: dict[str, tuple[Any, Any]] = {
     "methods": (list_methods, _add_methods),
     "init": (init, _add_init),
     "train": (train, _add_train),
+    "table": (table, _add_table),
     "diagnose": (diagnose, _add_diagnose),
     "evaluate": (evaluate, _add_evaluate),
     "bench": (bench, _add_bench),

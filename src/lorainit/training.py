@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from . import checkpoint, provenance
+from . import baselines, checkpoint, provenance
 from .cost import measure
 from .errors import LoraInitError, NonFiniteError
 from .initialize import initialize
@@ -43,6 +43,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": "none",
     "dataloader_pin_memory": torch.cuda.is_available(),
+    "remove_unused_columns": False,  # `encode` leaves none; images are made from a column that the model lacks
 }
 # transformers 5 reads a fraction in warmup_steps; before, it was warmup_ratio
 TRAIN_DEFAULTS["warmup_ratio" if hasattr(TrainingArguments, "warmup_ratio") else "warmup_steps"] = 0.03
@@ -74,6 +75,7 @@ class Recipe:
     Attributes:
         model: hub name, local folder, or ``package:NAME/FOLDER`` for weights that a Python package carries.
         task: name of the task (see `lorainit.tasks`).
+        task_options: fields of the task to change, e.g. ``{scoring: generation}``.
         method: how the adapter starts.
         method_options: the method's options, e.g. ``{exact: true}``.
         base: what to do about BA ≠ 0, as in `lorainit.initialize`.
@@ -81,6 +83,9 @@ class Recipe:
         match_lr: re-scale the start so that vanilla LoRA's learning rate suits it, as in `lorainit.initialize`.
         start: folder made by ``lorainit init`` to take the start from, instead of computing it.
         lora: fields of `peft.LoraConfig` (default r 8, lora_alpha 16, all linear layers).
+        adapter: what is trained: ``"lora"``, ``"adalora"`` (``lora`` then holds fields of `peft.AdaLoraConfig`), or
+            ``"none"``, which is all weights of the model.
+        lora_plus: learning rate of B relative to A's (LoRA+); default: the same.
         data: which rows are used.
         calibration: which rows a data-driven start sees.
         train: fields of `transformers.TrainingArguments`.
@@ -92,6 +97,7 @@ class Recipe:
 
     model: str
     task: str
+    task_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     method: str = "kaiming"
     method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     base: str = "auto"
@@ -99,6 +105,8 @@ class Recipe:
     match_lr: bool = False
     start: str | None = None
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
+    adapter: baselines.Adapter = "lora"
+    lora_plus: float | None = None
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -119,8 +127,9 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         LoraInitError: anything wrong in the recipe, before a step is taken where it can be known.
         NonFiniteError: the loss became NaN or infinite; the message says at which step.
     """
-    task = get_task(recipe.task)
+    task = get_task(recipe.task, **recipe.task_options)
     method = get_method(recipe.method, **recipe.method_options)  # checked before anything is loaded
+    baselines.check(recipe.adapter, recipe.method, recipe.lora_plus, recipe.resume)
     output = Path(recipe.output)
     arguments = _training_arguments(recipe, output)
     set_seed(recipe.seed)
@@ -128,13 +137,15 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     model, tokenizer, fresh = load_base(recipe.model, task, recipe.dtype)
     train_set, eval_set = (task.encode(part, tokenizer, recipe.data.max_length) for part in rows)
 
-    model = add_lora(model, task, recipe.lora, fresh)
+    steps = baselines.total_steps(arguments, len(train_set))
+    model = _with_adapter(model, task, recipe, fresh, steps)
     with measure() as start_cost:
+        report = None
         if recipe.start is not None:
             report = checkpoint.load(model, recipe.start)
-        else:
+        elif recipe.adapter == "lora":
             report = _start(
-                model,
+                model,  # pyright: ignore[reportArgumentType]
                 method,
                 recipe,
                 _calibration(method, recipe, task, tokenizer, train_set),
@@ -142,30 +153,40 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
             )
 
     items: list[float] = []
-    trainer = FiniteTrainer(
+    own = [baselines.AllocateRanks(model)] if recipe.adapter == "adalora" else []  # pyright: ignore
+    trainer = TaskTrainer(
+        task,
+        tokenizer,
+        items=items,
+        packing=recipe.data.packing,
         model=model,
         args=arguments,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        data_collator=(task.packed_collator if recipe.data.packing else task.collator)(tokenizer),
-        compute_metrics=_metrics(task, items),
-        callbacks=[_Clock(), *callbacks],
+        callbacks=[_Clock(), *own, *callbacks],
+        optimizers=(
+            baselines.lora_plus_optimizer(model, arguments, recipe.lora_plus) if recipe.lora_plus else None,
+            None,
+        ),
     )
     with measure() as training_cost:
         trainer.train(resume_from_checkpoint=recipe.resume or None)
     metrics = _scores(trainer)
-    checkpoint.save_pretrained(model, output / "adapter")
+    if recipe.adapter == "lora":
+        checkpoint.save_pretrained(model, output / "adapter")
+    else:
+        model.save_pretrained(str(output / ("adapter" if recipe.adapter == "adalora" else "model")))
 
     result = {
-        "method": report.method,
+        "method": report.method if report else {"adalora": "adalora", "none": "full"}[recipe.adapter],
         "model": recipe.model,
         "task": task.name,
         "learning_rate": arguments.learning_rate,
-        "rank": (LORA_DEFAULTS | recipe.lora)["r"],
+        "rank": None if recipe.adapter == "none" else (LORA_DEFAULTS | recipe.lora)["r"],
         "seed": recipe.seed,
         "metrics": metrics,
         "items": _in_row_order(items, trainer),
-        "init": report.to_dict(),
+        "init": report.to_dict() if report else {},
         "curves": _curves(trainer.state.log_history),
         "cost": {"start": dataclasses.asdict(start_cost), "training": dataclasses.asdict(training_cost)},
         "recipe": dataclasses.asdict(recipe),
@@ -188,7 +209,7 @@ def start(recipe: Recipe) -> InitReport:
     Raises:
         LoraInitError: anything wrong in the recipe.
     """
-    task = get_task(recipe.task)
+    task = get_task(recipe.task, **recipe.task_options)
     method = get_method(recipe.method, **recipe.method_options)
     if recipe.base == "subtract":
         raise LoraInitError("base='subtract' edits the base weights, which an adapter folder cannot hold")
@@ -210,7 +231,7 @@ def started(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Dataset
     Raises:
         LoraInitError: anything wrong in the recipe.
     """
-    task = get_task(recipe.task)
+    task = get_task(recipe.task, **recipe.task_options)
     method = get_method(recipe.method, **recipe.method_options)
     set_seed(recipe.seed)
     model, tokenizer, fresh = load_base(recipe.model, task, recipe.dtype)
@@ -263,8 +284,24 @@ def _start(model: PeftModel, method: Method, recipe: Recipe, rows: Dataset | Non
     )
 
 
+def _with_adapter(
+    model: PreTrainedModel, task: Task, recipe: Recipe, fresh: list[str], steps: int
+) -> PreTrainedModel | PeftModel:
+    """Return the model with what the recipe trains."""
+    if recipe.adapter == "none":
+        return baselines.train_all(model)
+    if recipe.adapter == "adalora":
+        return baselines.add_adalora(model, {"task_type": task.task_type} | LORA_DEFAULTS | recipe.lora, steps, fresh)
+    return add_lora(model, task, recipe.lora, fresh)
+
+
 def evaluate(
-    model: str, task: str, adapter: str | None = None, data: DataOptions | None = None, batch_size: int = 64
+    model: str,
+    task: str,
+    adapter: str | None = None,
+    data: DataOptions | None = None,
+    batch_size: int = 64,
+    task_options: dict[str, Any] | None = None,
 ) -> dict[str, float]:
     """Score a base model, or a base model with a saved adapter, on a task's evaluation split.
 
@@ -274,25 +311,30 @@ def evaluate(
         adapter: adapter folder; it is loaded by PEFT alone.
         data: which rows are used.
         batch_size: rows a batch.
+        task_options: fields of the task to change, e.g. ``{scoring: generation}``.
 
     Returns:
         The task's metrics and the loss.
     """
-    chosen, data = get_task(task), data or DataOptions()
+    chosen, data = get_task(task, **(task_options or {})), data or DataOptions()
     _, rows = chosen.load_data(data, seed=0)
     network, tokenizer, _ = load_base(model, chosen, "float32")
     if adapter is not None:
         checkpoint.read_adapter(adapter)  # one clear line for a folder that is no adapter
         network = PeftModel.from_pretrained(network, adapter)
     arguments = TrainingArguments(
-        output_dir="runs/evaluate", per_device_eval_batch_size=batch_size, report_to="none", save_strategy="no"
+        output_dir="runs/evaluate",
+        per_device_eval_batch_size=batch_size,
+        report_to="none",
+        save_strategy="no",
+        remove_unused_columns=False,
     )
-    trainer = FiniteTrainer(
+    trainer = TaskTrainer(
+        chosen,
+        tokenizer,
         model=network,
         args=arguments,
         eval_dataset=chosen.encode(rows, tokenizer, data.max_length),
-        data_collator=chosen.collator(tokenizer),
-        compute_metrics=_metrics(chosen),
     )
     return _scores(trainer)
 
@@ -319,7 +361,8 @@ def load_base(name: str, task: Task, dtype: str) -> tuple[PreTrainedModel, PreTr
     """Load a base model with the task's head, and its tokenizer.
 
     Returns:
-        The model, its tokenizer, and the names of the modules that the checkpoint lacks: they are freshly initialized.
+        The model, its tokenizer or image processor, and the names of the modules that the checkpoint lacks, or has for
+        other classes: they are freshly initialized.
 
     Raises:
         LoraInitError: an unknown dtype, or nothing loadable at that name.
@@ -329,8 +372,9 @@ def load_base(name: str, task: Task, dtype: str) -> tuple[PreTrainedModel, PreTr
     path = resolve_model(name)
     try:
         model, info = task.load_model(path, dtype=getattr(torch, dtype), output_loading_info=True)
-        fresh = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
-        return model, AutoTokenizer.from_pretrained(path), fresh
+        # of a mismatch the key comes with both shapes
+        keys = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        return model, task.load_processor(path), sorted({key.rpartition(".")[0] for key in keys})
     except (OSError, ValueError) as error:
         raise LoraInitError(f"model '{name}' cannot be loaded: {str(error).splitlines()[0]}") from error
 
@@ -385,6 +429,28 @@ class _Clock(TrainerCallback):
         """Note the time."""
         if state.log_history:
             state.log_history[-1]["seconds"] = time.perf_counter() - self._begin
+
+
+class TaskTrainer(FiniteTrainer):
+    """A trainer that batches and scores as a task says."""
+
+    def __init__(
+        self, task: Task, tokenizer: Any, *, items: list[float] | None = None, packing: bool = False, **options: Any
+    ) -> None:
+        self.task, self.tokenizer = task, tokenizer
+        collator = (task.packed_collator if packing else task.collator)(tokenizer)
+        super().__init__(data_collator=collator, compute_metrics=_metrics(task, items), **options)
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """Return a batch's loss with the task's own predictions and labels, where it has any."""
+        prepared = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            unwrapped = self.accelerator.unwrap_model(model)
+            predicted = None if prediction_loss_only else self.task.predict(unwrapped, self.tokenizer, prepared)
+        if predicted is None:
+            return super().prediction_step(model, prepared, prediction_loss_only, ignore_keys)
+        loss, _, _ = super().prediction_step(model, prepared, True, ignore_keys)
+        return loss, *predicted
 
 
 def _write_result(path: Path, result: dict[str, Any]) -> None:
@@ -469,11 +535,12 @@ def merge_folder(source: str, output: str, model: str | None = None) -> None:
     base_name = model or config.base_model_name_or_path
     if not base_name:
         raise LoraInitError(f"{source} does not name its base model; pass --model")
-    kinds = {"SEQ_CLS": "sst2", "CAUSAL_LM": "text", None: "text"}
+    heads = [t for k, t in tensors.items() if k.endswith(("classifier.weight", "score.weight"))]
+    # an adapter without a type but with a head is one for images
+    kinds = {"SEQ_CLS": "sst2", "CAUSAL_LM": "text", "SEQ_2_SEQ_LM": "sst2-t5", None: "cifar100" if heads else "text"}
     if config.task_type not in kinds:
         raise LoraInitError(f"{source}: merging adapters of task type {config.task_type} is not supported")
     task = get_task(kinds[config.task_type])
-    heads = [t for k, t in tensors.items() if k.endswith(("classifier.weight", "score.weight"))]
     if heads:
         task = dataclasses.replace(task, num_labels=heads[0].shape[0])
     network, tokenizer, _ = load_base(base_name, task, "float32")

@@ -37,6 +37,8 @@ class GlueTask(Task):
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
         """Tokenize the sentence or sentence pair, truncated to ``max_length``."""
         texts = self.columns[:-1]
+        if "label" in rows.column_names and self.num_labels > 1:
+            self._check_labels(rows, self.num_labels)
 
         def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
             first, second = batch[texts[0]], batch[texts[1]] if len(texts) > 1 else None

@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +15,7 @@ from ..errors import LoraInitError
 if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset, DatasetDict
-    from transformers import PreTrainedTokenizerBase
+    from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class DataOptions:
     Attributes:
         path: folder with ``train.parquet`` and ``validation.parquet`` in the hub data set's columns; default: the hub.
         train_samples: use this many training rows, drawn with the run's seed; default: all.
-        eval_samples: use the first so many validation rows; default: all.
+        eval_samples: use the first so many validation rows, of images always the same random ones; default: all.
         max_length: tokens a row (or a block of text) holds at most.
         packing: train on a batch's rows side by side in one row, without padding (instruction tasks).
     """
@@ -54,27 +55,37 @@ class Task(abc.ABC):
     train_split: str = "train"
     eval_split: str = "validation"
 
-    task_type: ClassVar[str]
+    task_type: ClassVar[str | None]
 
     @abc.abstractmethod
     def load_model(self, name_or_path: str, **options: Any) -> Any:
         """Load the base model with the head that this task needs; options go to ``from_pretrained``."""
 
+    def load_processor(self, name_or_path: str) -> Any:
+        """Load what turns rows into model inputs: a tokenizer, unless a kind of task says otherwise."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name_or_path)
+
     @abc.abstractmethod
-    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    def encode(self, rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
         """Turn rows into model inputs; without ``labels`` where the rows have no label column."""
 
     @abc.abstractmethod
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+    def collator(self, tokenizer: Any) -> Any:
         """Return the function that makes a batch of encoded rows."""
 
-    def packed_collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+    def packed_collator(self, tokenizer: Any) -> Any:
         """Return the function that makes one row of a batch of encoded rows.
 
         Raises:
             LoraInitError: this task's rows cannot be packed.
         """
         raise LoraInitError(f"task '{self.name}': its rows cannot be packed; set data.packing to false")
+
+    def predict(self, model: Any, tokenizer: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Return a batch's predictions and labels as `metrics` takes them; None: the model's own outputs and labels."""
+        return None
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Score raw model outputs against labels; empty where the loss is the metric."""
@@ -122,6 +133,14 @@ class Task(abc.ABC):
         if len(rows) == 0:
             raise LoraInitError(f"task '{self.name}': {where} is empty")
 
+    def _check_labels(self, rows: Dataset, names: Sequence[str] | int) -> None:
+        """Raise at the first label that is no index into some names, or below a number of classes."""
+        count = names if isinstance(names, int) else len(names)
+        for i, label in enumerate(rows[self.columns[-1]]):
+            if not (isinstance(label, int) and 0 <= label < count):
+                known = f"0 to {count - 1}" if isinstance(names, int) else f"{dict(enumerate(names))}"
+                raise LoraInitError(f"task '{self.name}': row {i} has the label {label!r}, which is not one of {known}")
+
     def _read(self, path: str | None, splits: tuple[str, ...]) -> DatasetDict:
         """Return the splits: from ``path/SPLIT.parquet``, or all that the hub has."""
         if path is None:
@@ -146,6 +165,11 @@ class Task(abc.ABC):
 
 def fingerprint(rows: Dataset) -> str:
     """Return the SHA-256 of the rows' content: the same for a hub data set and its local copy."""
+    from datasets import Image
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, Image):  # as stored: decoded ones have no text form
+            rows = rows.cast_column(name, Image(decode=False))
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=repr).encode())

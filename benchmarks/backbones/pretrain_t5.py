@@ -1,0 +1,208 @@
+"""A small T5 with ReLU feed-forward layers, pretrained by span corruption on books, Wikipedia and stories.
+
+    python benchmarks/backbones/pretrain_t5.py --shared FOLDER     # resumable; 20 minutes of one CPU core
+
+``FOLDER`` holds ``models/tokenizers/t5``, ``data/pretrain/{classic_books,wikitext2,tinystories_lowercase,
+tinystories_cased,tinyshakespeare}`` and, only to choose the vocabulary by, ``data/glue``. The weights (bf16),
+configuration, cut tokenizer and ``training.json`` go to ``benchmarks/backbones/t5_small_cut``.
+
+Span corruption as in Raffel et al. (2020): 15 % of the tokens go, in spans of mean length 3; the input holds a sentinel
+for each, the target each sentinel with what it stands for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from cut_tokenizer import cut
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from lorainit.tasks import glue_prompts
+
+OUTPUT, SCRATCH = Path(__file__).parent / "t5_small_cut", Path("runs/pretrain_t5")
+TRAIN = [
+    "classic_books/train",
+    "wikitext2/test",
+    "tinystories_lowercase/train",
+    "tinystories_cased/train",
+    "tinyshakespeare/train",
+]
+VALIDATION = ["classic_books/validation", "wikitext2/validation", "tinystories_lowercase/validation"]
+VOCABULARY, BLOCK = 8192, 128
+NOISE, SPAN = 0.15, 3
+
+
+def texts(data: Path, parts: list[str]) -> list[str]:
+    """Return the non-empty rows of some text sets."""
+    rows = [row for part in parts for row in pq.read_table(data / f"{part}.parquet")["text"].to_pylist()]
+    rows = [row.replace("<unk>", "").strip() for row in rows]  # wikitext's mark for rare words
+    return [row for row in rows if row]
+
+
+def sentences(data: Path) -> list[str]:
+    """Return the training sentences of the GLUE tasks: only the vocabulary is chosen by them."""
+    files = [data / f"{task}/train.parquet" for task in ("sst2", "cola", "mrpc", "rte")]
+    columns = [pq.read_table(file) for file in files]
+    return [text for t in columns for c in t.column_names if c.startswith("sentence") for text in t[c].to_pylist()]
+
+
+def blocks(tokenizer: PreTrainedTokenizerFast, rows: list[str]) -> torch.Tensor:
+    """Join texts by the end token and cut them into blocks."""
+    ids = np.concatenate([np.array(i, np.int32) for i in tokenizer(rows, verbose=False).input_ids])
+    return torch.from_numpy(ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK)).long()
+
+
+def corrupt(block: np.ndarray, sentinel: int, end: int, generator: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Return input and target of span corruption; sentinels count downwards from ``sentinel``."""
+    noise = round(len(block) * NOISE)
+    spans = round(noise / SPAN)
+    lengths = np.diff([0, *sorted(generator.choice(np.arange(1, noise), spans - 1, replace=False)), noise])
+    clear = len(block) - noise
+    gaps = np.diff([0, *sorted(generator.choice(np.arange(1, clear), spans - 1, replace=False)), clear])
+    source, target, at = [], [], 0
+    for k, (gap, length) in enumerate(zip(gaps, lengths, strict=True)):
+        source += [*block[at : at + gap], sentinel - k]
+        target += [sentinel - k, *block[at + gap : at + gap + length]]
+        at += gap + length
+    return [*source, end], [*target, end]
+
+
+class Corrupting:
+    """Collator: corrupts blocks anew each time, or, with ``fixed``, a block always in the same way."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, fixed: bool) -> None:
+        self.sentinel, self.end = tokenizer.convert_tokens_to_ids("<extra_id_0>"), tokenizer.eos_token_id
+        self.generator, self.fixed = np.random.default_rng(0), fixed
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return a batch."""
+        pairs = []
+        for row in rows:
+            block = row["block"].numpy()
+            generator = np.random.default_rng(int(block.sum())) if self.fixed else self.generator
+            pairs.append(corrupt(block, self.sentinel, self.end, generator))
+        sources, targets = zip(*pairs, strict=True)
+        return {"input_ids": torch.tensor(sources), "labels": torch.tensor(targets)}
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Blocks of tokens."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"block": self.rows[i]}
+
+
+class CorruptingTrainer(Trainer):
+    """Trainer that corrupts the evaluation blocks in a fixed way."""
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loader with fixed corruption."""
+        plain = self.data_collator
+        self.data_collator = Corrupting(self.processing_class, fixed=True)  # pyright: ignore
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = plain
+
+
+def main(shared: Path, epochs: float) -> None:
+    """Cut the vocabulary, train, evaluate, save."""
+    data = shared / "data/pretrain"
+    raw = texts(data, TRAIN)
+    OUTPUT.mkdir(exist_ok=True)
+    if (OUTPUT / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(OUTPUT)
+    else:
+        always = [text for task in glue_prompts.TASKS for text in (task.prompt, *task.words)]
+        tokenizer = cut(
+            str(shared / "models/tokenizers/t5"), [*raw, *sentences(shared / "data/glue")], always, VOCABULARY
+        )
+        tokenizer.save_pretrained(OUTPUT)
+    train, validation = blocks(tokenizer, raw), blocks(tokenizer, texts(data, VALIDATION))
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=128,
+        d_ff=512,
+        d_kv=32,
+        num_heads=4,
+        num_layers=4,
+        num_decoder_layers=4,
+        feed_forward_proj="relu",
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(config)
+    # T5's unit embeddings suit Adafactor, whose steps grow with the weights; AdamW would hardly move them
+    model.shared.weight.data.mul_(0.05)
+    arguments = TrainingArguments(
+        output_dir=str(SCRATCH),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+        learning_rate=2e-3,
+        warmup_steps=200,
+        lr_scheduler_type="cosine",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        save_steps=200,
+        save_total_limit=1,
+        logging_steps=25,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        seed=0,
+    )
+    trainer = CorruptingTrainer(
+        model,
+        arguments,
+        data_collator=Corrupting(tokenizer, fixed=False),
+        train_dataset=Blocks(train),
+        eval_dataset=Blocks(validation),
+        processing_class=tokenizer,
+    )
+    begin, processor = time.perf_counter(), time.process_time()
+    last = get_last_checkpoint(str(SCRATCH)) if SCRATCH.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    cost = {"wall_seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - processor}
+    scores = trainer.evaluate()
+    model.config.dropout_rate = 0.1  # as T5-base: the tasks train with it
+    model.to(torch.bfloat16).save_pretrained(OUTPUT)
+    log = {
+        "tokens": train.numel(),
+        "epochs": epochs,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": len(tokenizer),
+        "validation": {"loss": scores["eval_loss"], "blocks": len(validation), "tokens": BLOCK},
+        "resumed": last is not None,
+        "cost": cost | {"threads": torch.get_num_threads()},
+        "log": trainer.state.log_history,
+    }
+    (OUTPUT / "training.json").write_text(json.dumps(log) + "\n")
+    print({k: v for k, v in log.items() if k != "log"})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
+    parser.add_argument("--epochs", type=float, default=0.6)
+    main(**vars(parser.parse_args()))

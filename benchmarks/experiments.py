@@ -1,0 +1,110 @@
+"""Every published table on the small models and data that fit here; resumable, shareable.
+
+    python benchmarks/experiments.py --data FOLDER              # all that is missing; start it twice for two workers
+    python benchmarks/experiments.py --data FOLDER --mini       # a seed, a column, 20 steps: does every row run?
+    python benchmarks/experiments.py --only vtab t5_glue ...    # some tables
+    python benchmarks/experiments.py --list                     # what is done, what is missing, and its hours
+    python benchmarks/experiments.py --page                     # only docs/experiments.md, from the results there are
+
+``FOLDER`` holds ``glue``, ``vtab`` and ``instruct`` in local parquet, and beside it ``models``; the backbones are those
+of ``benchmarks/backbones``. One JSON a run goes to ``benchmarks/results/tables``, teachers' adapters to
+``runs/tables``. Run from the repository's root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lorainit.tables.page import Measured, page
+from lorainit.tables.table import Table, merge, read_table
+from lorainit.tables.work import Place, work
+
+RECIPES, PAGE = Path("recipes/tables"), Path("docs/experiments.md")
+TABLES = ("t5_glue", "vtab", "vtab_ablation", "deberta_glue", "llama_wizardlm", "llama_math")
+MINI_STEPS, MINI_ROWS = 20, 200
+HEAD = """# The papers' tables, beside what was measured here
+
+Made by `python benchmarks/experiments.py` from the JSON files in `benchmarks/results/tables/`. Where a machine with the
+hub and an accelerator is at hand, `lorainit table recipes/tables/NAME.yaml` runs the same rows on the papers' models;
+`--scale small` is what is shown here. *In italics* what the papers print, **for other models**: an absolute score here
+says nothing about theirs, only the order of the rows could.
+
+How to read it: the published tables compare rows at learning rates that differ or were not tuned for each row. So a
+table with several rates comes twice, every row at its own best rate, and every row at the rate that is best for vanilla
+LoRA. A gap is worth a look when it is larger than the deviations over seeds beside it, and when no control shows it
+too: continuing the teacher, plain feature distillation, as many more training steps, a random B of the same size.
+"""
+
+
+def place(data: str) -> Place:
+    return Place(Path("benchmarks/results/tables"), Path("runs/tables"), data)
+
+
+def mini(table: Table) -> Table:
+    """Return a table cut to what proves that each row runs: the first seed and column, few steps."""
+    short = {"train": {"max_steps": MINI_STEPS}, "data": {"eval_samples": MINI_ROWS}}
+    rows = {name: _short(row) for name, row in table.rows.items()}
+    if len(rows) > 30:
+        rows = {name: rows[name] for name in list(rows)[:1] + list(rows)[1::12]}
+    # a cross-task teacher needs its column too, but no run of its own there
+    return dataclasses.replace(
+        table,
+        name=table.name.replace("-small", "-mini"),
+        recipe=merge(table.recipe, short),
+        rows=rows,
+        seeds=table.seeds[:1],
+        rates=(),
+        chosen_columns=tuple(table.columns)[:1],
+    )
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    row = merge(row, {"method_options": {"steps": 10}}) if row.get("method") == "abm" else row
+    return merge(row, {"train": {"max_steps": MINI_STEPS + 5}}) if "max_steps" in row.get("train", {}) else row
+
+
+def document() -> str:
+    """Return docs/experiments.md."""
+    lines = [HEAD]
+    for name in TABLES:
+        small = read_table(RECIPES / f"{name}.yaml", "small")
+        short = mini(small)
+        lines.append(page(small, place("{data}")))
+        if not Measured(small, place("{data}")).results and Measured(short, place("{data}")).results:
+            lines += [
+                f"So far there are only short runs, proving that rows work ({MINI_STEPS} steps, {MINI_ROWS} rows",
+                "scored, one seed): their scores mean nothing.",
+                "",
+                page(dataclasses.replace(short, title=f"{short.title}: short runs", notes=()), place("{data}")),
+            ]
+    return "\n".join(lines)
+
+
+def main(data: str | None, only: list[str], shortened: bool, listed: bool, paged: bool) -> None:
+    """Run, or only tell."""
+    for name in only:
+        table = read_table(RECIPES / f"{name}.yaml", "small")
+        table = mini(table) if shortened else table
+        here = place(data or "{data}")
+        if data is not None and not (listed or paged):
+            work(table, table.runs(), here)
+        measured = Measured(table, here)
+        left = measured.hours()
+        rest = "" if left is None else f", {left:.1f} hours of one worker are missing"
+        print(f"{table.name}: {len(measured.results)} of {len(table.runs())} runs{rest}")
+    if not listed:
+        PAGE.write_text(document())
+        print(PAGE)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with the data")
+    parser.add_argument("--only", nargs="+", default=TABLES, choices=TABLES, help="only these tables")
+    parser.add_argument("--mini", dest="shortened", action="store_true", help="only the short runs")
+    parser.add_argument("--list", dest="listed", action="store_true", help="only count what is done and missing")
+    parser.add_argument("--page", dest="paged", action="store_true", help="only write the page")
+    main(**vars(parser.parse_args()))

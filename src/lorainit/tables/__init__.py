@@ -1,0 +1,1 @@
+"""Tables of published experiments: their rows carried out through `lorainit train`, beside what was printed."""

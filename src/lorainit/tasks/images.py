@@ -1,0 +1,182 @@
+"""Image classification with a fresh head, a thousand images of training at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import numpy as np
+
+from ..errors import LoraInitError
+from .task import DataOptions, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+Protocol = Literal["final", "tune"]
+# what the hub's data sets call the two columns
+IMAGE_NAMES, LABEL_NAMES = ("image", "img", "webp", "jpg", "png"), ("label", "fine_label", "cls")
+TRAIN, VALIDATION, SPLIT_SEED = 800, 200, 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTask(Task):
+    """An image to one of ``num_labels`` classes, by VTAB-1k's protocol (Zhai et al. 2019, arXiv:1910.04867).
+
+    800 images to train on and 200 to choose options with are drawn from the source's training part, always the same
+    ones. ``protocol="final"`` trains on all 1000 and scores the source's test part; ``"tune"`` trains on the 800 and
+    scores the 200. The score is that of the model as it is after the last step: no epoch is chosen by it.
+
+    A local folder holds ``train.parquet`` and ``test.parquet``, from which the same draw is made, or, beside them,
+    ``validation.parquet``: then ``train`` and ``validation`` are the two draws already.
+
+    Attributes:
+        num_labels: classes.
+        group: the part of VTAB that the task belongs to.
+        protocol: what is trained on and what is scored.
+    """
+
+    num_labels: int = 2
+    group: str = ""
+    protocol: Protocol = "final"
+
+    # PEFT has no name for image classification; without one it wraps any model
+    task_type: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.protocol not in get_args(Protocol):
+            raise ValueError(f"protocol={self.protocol!r} is not one of {list(get_args(Protocol))}")
+
+    def load_model(self, name_or_path: str, **options: Any) -> Any:
+        """Load the model with a fresh head, in place of a head for other classes if it has one."""
+        from transformers import AutoModelForImageClassification
+
+        names = {i: str(i) for i in range(self.num_labels)}
+        labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+        options = labels | {"ignore_mismatched_sizes": True} | options
+        return AutoModelForImageClassification.from_pretrained(name_or_path, **options)
+
+    def load_processor(self, name_or_path: str) -> Any:
+        """Load the image processor that goes with the weights: it knows size and normalization."""
+        from transformers import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(name_or_path)
+
+    def load_data(self, options: DataOptions, seed: int) -> tuple[Dataset, Dataset]:
+        """Return the raw rows to train on and to score, by the task's protocol.
+
+        Raises:
+            LoraInitError: missing files, splits or columns, too few rows, or a column that holds no images.
+        """
+        from datasets import concatenate_datasets
+
+        splits = self._splits(options.path)
+        parts = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+        for name, rows in parts.items():
+            self._check(rows, f"split '{name}'", self.columns)
+        if self.protocol == "tune":
+            train, evaluation = parts["train"], parts["validation"]
+        else:
+            if "test" not in parts:
+                raise LoraInitError(f"task '{self.name}': the data have no split 'test'; protocol='tune' needs none")
+            train, evaluation = concatenate_datasets([parts["train"], parts["validation"]]), parts["test"]
+        if options.train_samples is not None:
+            train = train.shuffle(seed=seed).select(range(min(options.train_samples, len(train))))
+        if options.eval_samples is not None:
+            # a test part may be sorted by class, so that its first images would be of a few classes only
+            evaluation = evaluation.shuffle(seed=SPLIT_SEED).select(range(min(options.eval_samples, len(evaluation))))
+        return train, evaluation
+
+    def encode(self, rows: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+        """Have images decoded and processed when they are asked for: a test part of many images needs no copy.
+
+        Raises:
+            LoraInitError: a label that is no class of the task; later, an image that cannot be decoded.
+        """
+        label = self.columns[-1]
+        if label in rows.column_names:
+            rows = rows.cast_column(label, _integer())
+            self._check_labels(rows, self.num_labels)
+
+        def process(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            pixels = tokenizer([self._decoded(cell) for cell in batch["image"]], return_tensors="pt")["pixel_values"]
+            return {"pixel_values": list(pixels)} | ({"labels": batch[label]} if label in batch else {})
+
+        from datasets import Image
+
+        return rows.cast_column("image", Image(decode=False)).with_transform(process)
+
+    def collator(self, tokenizer: Any) -> Any:
+        """Stack the images of a batch."""
+        import torch
+
+        def stack(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+            return batch | ({"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {})
+
+        return stack
+
+    def metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Return top-1 accuracy."""
+        return {"accuracy": float((predictions.argmax(-1) == labels).mean())}
+
+    def _splits(self, path: str | None) -> DatasetDict:
+        """Return train (800), validation (200) and, where there is one, test."""
+        from pathlib import Path
+
+        if path is None:
+            splits = self._read(None, ())
+        else:
+            there = [name for name in ("train", "validation", "test") if (Path(path) / f"{name}.parquet").is_file()]
+            splits = self._read(path, ("train", *(name for name in there if name != "train")))
+        if "train" not in splits:
+            raise LoraInitError(f"task '{self.name}': the data have no split 'train', only {list(splits)}")
+        if path is None or "validation" not in splits:
+            drawn = splits["train"].shuffle(seed=SPLIT_SEED)
+            if len(drawn) < TRAIN + VALIDATION:
+                raise LoraInitError(
+                    f"task '{self.name}': {TRAIN} + {VALIDATION} images are to be drawn from split 'train', which has "
+                    f"{len(drawn)}; or give a folder with 'validation.parquet' beside it"
+                )
+            splits["train"] = drawn.select(range(TRAIN))
+            splits["validation"] = drawn.select(range(TRAIN, TRAIN + VALIDATION))
+        return splits
+
+    def _load(self, source: tuple[str | None, ...], files: dict[str, str] | None) -> DatasetDict:
+        """Return the splits with their columns called image and label."""
+        splits = super()._load(source, files)
+        for split, rows in splits.items():
+            for wanted, names in zip(("image", "label"), (IMAGE_NAMES, LABEL_NAMES), strict=True):
+                found = [name for name in names if name in rows.column_names]
+                if found and wanted not in rows.column_names:
+                    rows = rows.rename_column(found[0], wanted)  # noqa: PLW2901
+            splits[split] = rows
+        return splits
+
+    def _check(self, rows: Dataset, where: str, columns: tuple[str, ...]) -> None:
+        super()._check(rows, where, columns)
+        from datasets import Image
+
+        if not isinstance(rows.features["image"], Image):
+            raise LoraInitError(
+                f"task '{self.name}': column 'image' of {where} holds {rows.features['image']}, no images"
+            )
+
+    def _decoded(self, cell: dict[str, Any]) -> Any:
+        """Return an RGB image; grey ones get three equal channels."""
+        import io
+
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]).convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise LoraInitError(f"task '{self.name}': an image cannot be decoded: {error}") from error
+
+
+def _integer() -> Any:
+    """Return the feature type of a label without names: what the labels of every source can be read as."""
+    from datasets import Value
+
+    return Value("int64")
