@@ -32,8 +32,8 @@ from lorainit import cost, provenance
 GIB, MIB = 2**30, 2**20
 WIDE, INNER = 4096, 11008
 METHODS = ("loram", "eva", "corda", "cntlora", "lora-ga", "lora-one", "lora-da")
-BASE = {"width": 512, "depth": 2, "tokens": 1024, "rank": 16}
-SWEEPS = {"width": (256, 512, 1024), "depth": (1, 2, 4), "tokens": (512, 1024, 4096), "rank": (4, 16, 64)}
+BASE = {"width": 512, "depth": 1, "tokens": 512, "rank": 16}
+SWEEPS = {"width": (256, 512, 1024), "depth": (1, 2, 4), "tokens": (256, 512, 2048), "rank": (4, 16, 64)}
 BUDGETED: dict[str, Any] = {
     "corda": lorainit.CorDA(),
     "eva, full moment": lorainit.EVA(sketch=False),
@@ -241,30 +241,34 @@ def table(result: dict[str, Any]) -> str:
         "| method | layer (in→out) | start, s | bare passes, s | above the passes, s | peak, GiB |",
         "|---|---|---|---|---|---|",
     ]
-    for row in result["wide"]:
+    for row in result.get("wide", []):
         lines.append(
             f"| {row['method']} | {row['inputs']}→{row['outputs']} | {row['seconds']:.1f} | "
             f"{row['bare_seconds']:.1f} | {row['seconds'] - row['bare_seconds']:.1f} | "
             f"{row['peak_bytes'] / GIB:.2f} |"
         )
-    lines += ["", "## Peak beside `memory_budget` (5 blocks, width 1024, 10 layers)", ""]
-    lines += [
-        "| method | budget, MiB | peak, MiB | peak / budget | peak of bare passes, MiB |",
-        "|---|---|---|---|---|",
-    ]
-    for row in result["budget"]:
+    if "budget" in result:
+        lines += ["", "## Peak beside `memory_budget` (5 blocks, width 1024, 10 layers)", ""]
+        lines += [
+            "| method | budget, MiB | peak, MiB | peak / budget | peak of bare passes, MiB |",
+            "|---|---|---|---|---|",
+        ]
+    for row in result.get("budget", []):
         lines.append(
             f"| {row['method']} | {row['budget_bytes'] / MIB:.0f} | {row['peak_bytes'] / MIB:.0f} | "
             f"{row['peak_over_budget']:.2f} | {row['bare_peak_bytes'] / MIB:.0f} |"
         )
-    lines += ["", "## Exponents of the seconds", "", f"Around {BASE}; three sizes each: {SWEEPS}.", ""]
-    lines += ["| method | " + " | ".join(SWEEPS) + " |", "|---|" + "---|" * len(SWEEPS)]
-    for method, found in result["exponents"].items():
+    if "exponents" in result:
+        lines += ["", "## Exponents of the seconds", "", f"Around {BASE}; three sizes each: {SWEEPS}.", ""]
+        lines += ["| method | " + " | ".join(SWEEPS) + " |", "|---|" + "---|" * len(SWEEPS)]
+    for method, found in result.get("exponents", {}).items():
         lines.append(f"| {method} | " + " | ".join(f"{found[size]:.2f}" for size in SWEEPS) + " |")
-    lines += ["", "## Processes (width 512, 4 blocks, 4096 tokens in all; a machine of two cores, shared)", ""]
-    lines += ["| method | processes | wall s | CPU s of all |", "|---|---|---|---|"]
-    for row in result["processes"]:
-        lines.append(f"| {row['method']} | {row['processes']} | {row['wall_seconds']:.2f} | {row['cpu_seconds']:.2f} |")
+    if "processes" in result:
+        lines += ["", "## Processes (width 512, 4 blocks, 4096 tokens in all; two cores, shared)", ""]
+        lines += ["| method | processes | wall s | CPU s of all |", "|---|---|---|---|"]
+    for row in result.get("processes", []):
+        wall, cpu = row["wall_seconds"], row["cpu_seconds"]
+        lines.append(f"| {row['method']} | {row['processes']} | {wall:.2f} | {cpu:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -272,26 +276,34 @@ def main() -> None:
     """Measure what is asked for and write JSON and the table beside it; parts that are not asked for are kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/scale.json"))
-    parser.add_argument("--parts", nargs="+", default=["wide", "budget", "sweep", "processes"])
+    parser.add_argument("--parts", nargs="+", default=["wide", "budget", "sweep", "processes"], choices=list(PARTS))
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     result = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     result["provenance"] = provenance.collect()
-    if "wide" in arguments.parts:
-        result["wide"] = wide(WIDE_METHODS)
-    if "slow" in arguments.parts:
-        result["wide"] = [r for r in result.get("wide", []) if r["method"] not in SLOW] + wide(SLOW)
-    if "budget" in arguments.parts:
-        result["budget"] = budget()
-    if "processes" in arguments.parts:
-        result["processes"] = processes()
-    if "sweep" in arguments.parts:
-        result["sweep"] = sweep(arguments.repeats)
-        result["exponents"] = exponents(result["sweep"])
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    if all(part in result for part in ("wide", "budget", "exponents", "processes")):
+    for part in arguments.parts:
+        result |= PARTS[part](result, arguments.repeats)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         arguments.output.with_suffix(".md").write_text(table(result))
+
+
+def _with_slow(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in result.get("wide", []) if row["method"] not in SLOW] + wide(SLOW)
+
+
+def _swept(repeats: int) -> dict[str, Any]:
+    rows = sweep(repeats)
+    return {"sweep": rows, "exponents": exponents(rows)}
+
+
+PARTS: dict[str, Callable[[dict[str, Any], int], dict[str, Any]]] = {
+    "wide": lambda result, repeats: {"wide": wide(WIDE_METHODS)},
+    "slow": lambda result, repeats: {"wide": _with_slow(result)},
+    "budget": lambda result, repeats: {"budget": budget()},
+    "processes": lambda result, repeats: {"processes": processes()},
+    "sweep": lambda result, repeats: _swept(repeats),
+}
 
 
 if __name__ == "__main__":

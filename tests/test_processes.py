@@ -21,7 +21,7 @@ from lorainit import LoraInitError, UnsupportedLayerError
 from lorainit.processes import Processes, shared_out
 from workers import METHODS, WEIGHTS_ONLY, WORLD, by_turns, outcome
 
-SECONDS = 240  # a process that hangs is a failure
+SECONDS = 600  # a process that hangs is a failure
 # what is computed from float32 losses, or iterated, is not the same to float64's rounding
 LOOSE = {"lora-ga": 1e-4, "lora-ga-matched": 1e-4, "lora-one": 1e-4, "lora-da": 1e-4, "init-ab": 1e-4, "ag-lora": 1e-4}
 LOOSE |= {"cntlora": 1e-4, "cntlora-pairs": 1e-4, "corda": 1e-4, "corda-groups": 1e-4, "eva": 1e-4, "eva-budget": 1e-4}

@@ -118,7 +118,7 @@ def left(folder: Path) -> dict[str, Any]:
     return found
 
 
-WIDTH, DEPTH = 1500, 24
+WIDTH, DEPTH = 1500, 12
 DEEP = Case(
     "deep",
     lambda: Net(
@@ -131,11 +131,11 @@ DEEP = Case(
 
 
 def starved() -> dict[str, Any]:
-    """Start in a process that may not have as much memory as all sums together take: 24 of 9 MB."""
+    """Start in a process that may not have as much memory as all sums together take: 12 of 9 MB."""
     torch.set_num_threads(1)
     model, data = DEEP.adapted(), DEEP.batches()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 150 * 2**20, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 80 * 2**20, resource.RLIM_INFINITY))
     report = cases.start(model, "corda", data=data)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     other = DEEP.adapted()
@@ -150,7 +150,7 @@ def starved_to_death() -> dict[str, Any]:
     model, data = DEEP.adapted(), DEEP.batches()
     snapshot = cases.Snapshot.of(model)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 150 * 2**20, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 80 * 2**20, resource.RLIM_INFINITY))
     try:
         cases.start(model, "corda", data=iter(data))
     except lorainit.LoraInitError as error:

@@ -264,7 +264,7 @@ def cached(rank: int, folder: Path) -> dict[str, Any]:
 def work(rank: int, folder: Path) -> None:
     os.environ["WORLD_SIZE"] = str(WORLD)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=150)
     )
     found: dict[str, Any] = {}
     try:
