@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,10 +79,11 @@ class Writer:
         network, self.tokenizer, _ = load_base(model, get_task("text"), options.dtype)
         self._ends = _ends(network.generation_config, self.tokenizer)
         # the content, not the name: an adapter trained anew in the same folder writes anew
-        self._identity = [model, provenance.hash_weights(resolve_model(model))]
+        self._identity: list[Any] = [model, provenance.hash_weights(resolve_model(model))]
         if adapter is not None:
             checkpoint.read_adapter(adapter)  # one clear line for a folder that is no adapter
-            self._identity += [adapter, provenance.hash_weights(adapter)]
+            config = Path(adapter) / "adapter_config.json"
+            self._identity += [provenance.hash_weights(adapter), config.read_text() if config.is_file() else adapter]
             network = PeftModel.from_pretrained(network, adapter)
         self._network: Any = network.eval()
         self._network.to("cuda" if torch.cuda.is_available() else "cpu")
