@@ -267,7 +267,7 @@ def test_too_few_verdicts_have_no_length_controlled_rate():
 
 @pytest.mark.slow
 def test_a_judge_with_the_published_opinions_gives_the_published_win_rate(shared, tmp_path):
-    """The whole way, 805 pairs over HTTP: the server answers with the probabilities behind the published annotations."""
+    """The whole way, 805 pairs over HTTP: the server answers with the published annotations' probabilities."""
     source, name = shared / "data/instruct/alpaca_eval", "gpt4_0613_concise"
     reference = read_rows(str(source), "reference_gpt4_1106_preview.parquet", ("instruction", "output"))
     outputs = read_rows(str(source), f"model_outputs/{name}.parquet", ("output",))
