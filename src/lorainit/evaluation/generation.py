@@ -99,6 +99,8 @@ class Writer:
         from rich.console import Console
         from rich.progress import track
 
+        console = Console(stderr=True)
+        quiet = not console.is_terminal  # a log has no use for a bar
         options = self._options
         keys = {p.id: fingerprint(self._identity, p.tokens, p.temperature, _texts(options), p.id) for p in prompts}
         order = sorted(prompts, key=lambda p: (p.temperature, len(p.tokens)))  # little padding
@@ -107,7 +109,7 @@ class Writer:
             alike = [p for p in order if p.temperature == temperature]
             batches += [alike[i : i + options.batch_size] for i in range(0, len(alike), options.batch_size)]
         missing = [batch for batch in batches if any(keys[p.id] not in records for p in batch)]
-        for batch in track(missing, "writing", console=Console(stderr=True), transient=True, disable=not missing):
+        for batch in track(missing, "writing", console=console, transient=True, disable=quiet):
             replies = self._batch(batch)
             records.append(*({"id": p.id, **r, "fingerprint": keys[p.id]} for p, r in zip(batch, replies, strict=True)))
         return [records[keys[prompt.id]] for prompt in prompts]

@@ -97,6 +97,8 @@ def _ask(requests: list[Request], keys: dict[str, str], judge: Judge, records: R
     from rich.console import Console
     from rich.progress import track
 
+    console = Console(stderr=True)
+    quiet = not console.is_terminal  # a log has no use for a bar
     endpoint = Endpoint(judge)
     replied, empty = threading.Event(), 0
 
@@ -108,7 +110,9 @@ def _ask(requests: list[Request], keys: dict[str, str], judge: Judge, records: R
     with ThreadPoolExecutor(judge.concurrency) as pool:
         futures = [pool.submit(ask, request) for request in requests]
         try:
-            shown = track(as_completed(futures), "judging", len(futures), console=Console(stderr=True), transient=True)
+            shown = track(
+                as_completed(futures), "judging", len(futures), console=console, transient=True, disable=quiet
+            )
             for future in shown:
                 reply = future.result()
                 if reply.text is not None:
