@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -65,15 +66,9 @@ def choose(body, _):
 
 
 def options(data, server, tmp_path, **more):
-    return AlpacaEval(
-        Judge("judge", base_url=server.url),
-        str(tmp_path / "out"),
-        str(data),
-        "reference.json",
-        annotator="mine",
-        annotators=str(data),
-        **({"answers": str(data / "answers.json")} | more),
-    )
+    usual = {"reference": "reference.json", "answers": str(data / "answers.json"), "annotators": str(data)}
+    judge = Judge("judge", base_url=server.url)
+    return AlpacaEval(judge, str(tmp_path / "out"), str(data), annotator="mine", **(usual | more))
 
 
 def test_win_rates_by_hand_whatever_the_order_of_the_outputs(data, tmp_path):
@@ -103,6 +98,17 @@ def test_another_seed_shows_the_pairs_in_another_order_and_scores_alike(data, tm
     assert len(server.bodies) > 18  # pairs that are turned are asked anew
     assert len(server.bodies) < 36
     assert first["metrics"]["win rate"] == pytest.approx(second["metrics"]["win rate"])
+
+
+def test_another_reading_of_the_same_replies_costs_nothing_and_counts(data, tmp_path):
+    """Two of AlpacaEval's annotators differ in nothing but how the reply is read."""
+    with serving(choose) as server:
+        run(options(data, server, tmp_path))
+        whole = LOGPROBS | {"completion_parser_kwargs": LOGPROBS["completion_parser_kwargs"] | {"is_binarize": True}}
+        save_annotator(data, "mine", **whole)
+        result = run(options(data, server, tmp_path))
+    assert len(server.bodies) == 18
+    assert result["metrics"]["win rate"]["value"] == pytest.approx(100 * (8 + 1) / 19)
 
 
 def test_a_model_with_an_adapter_writes_the_outputs(data, tmp_path, capsys):
@@ -169,6 +175,12 @@ def test_draws_cost_nothing(data, tmp_path):
         (LengthControl(None, "d.csv"), "d.csv", "index,instruction_difficulty\n0,1\n", "no difficulty for 19 of 20"),
         (LengthControl(None, "d.csv"), "d.csv", "index,instruction_difficulty\n0,hard\n", "could not convert"),
         (LengthControl(), "df_gamed.csv", "index,instruction_difficulty\n0,1\n", "lacks the columns"),
+        (
+            LengthControl(),
+            "df_gamed.csv",
+            "index,preference,std_delta_len,instruction_difficulty\n0,1.7,0,1\n",
+            r"preferences outside \[0, 1\]",
+        ),
     ],
 )
 def test_length_control_without_its_data(data, control, file, content, message):
@@ -251,3 +263,33 @@ def test_the_leaderboard_comes_out(shared, name, rate, discrete, controlled):
 def test_too_few_verdicts_have_no_length_controlled_rate():
     found = length_controlled([0.1, 0.9, None], [5, 6, 7], [9, 1, 4], [0.0, 1.0, 2.0], None)
     assert found == "none: length control: it takes at least 5 verdicts"
+
+
+@pytest.mark.slow
+def test_a_judge_with_the_published_opinions_gives_the_published_win_rate(shared, tmp_path):
+    """The whole way, 805 pairs over HTTP: the server answers with the published annotations' probabilities."""
+    source, name = shared / "data/instruct/alpaca_eval", "gpt4_0613_concise"
+    reference = read_rows(str(source), "reference_gpt4_1106_preview.parquet", ("instruction", "output"))
+    outputs = read_rows(str(source), f"model_outputs/{name}.parquet", ("output",))
+    opinions = {}  # by the text of the prompt: the probability of the output that stands first
+    for r, o, a in zip(reference, outputs, read_rows(str(source), f"annotations/{name}.parquet", ()), strict=True):
+        for first, second, p in ((r, o, 2 - a["preference"]), (o, r, a["preference"] - 1)):
+            opinions["|".join((r["instruction"], first["output"], second["output"]))] = p
+
+    def answer(body, _):
+        p = opinions[body["messages"][1]["content"]]
+        top = [{"token": t, "logprob": math.log(max(x, 1e-99)), "bytes": None} for t, x in (("m", p), ("M", 1 - p))]
+        return completion(
+            "m", logprobs={"content": [{"token": "m", "logprob": 0.0, "bytes": None, "top_logprobs": top}]}
+        )
+
+    with serving(answer) as server:
+        more = {"answers": str(source / f"model_outputs/{name}.parquet"), "annotators": str(tmp_path)}
+        control = LengthControl(None, "instruction_difficulty_estimated.csv")
+        chosen = options(source, server, tmp_path, reference="reference_gpt4_1106_preview.parquet", **more)
+        save_annotator(tmp_path, "mine", **LOGPROBS)
+        result = run(dataclasses.replace(chosen, length_control=control))
+    assert len(server.bodies) == 800  # 5 outputs are the reference's own
+    assert result["metrics"]["win rate"]["value"] == pytest.approx(9.400320574596272, abs=1e-3)
+    fitted = result["metrics"]["length-controlled win rate, fitted alone"]["value"]
+    assert fitted == pytest.approx(25.07783963026488, abs=2e-3)

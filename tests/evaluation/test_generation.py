@@ -104,7 +104,12 @@ def test_an_adapter_trained_anew_in_the_same_folder_writes_anew(folders, tmp_pat
     again = Writer(folders[0], str(adapter), Generation(max_new_tokens=8)).write(
         prompts(TEXTS), Records(tmp_path / "r")
     )
-    assert {line["fingerprint"] for line in first}.isdisjoint(line["fingerprint"] for line in again)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+    scaled = Writer(folders[0], str(adapter), Generation(max_new_tokens=8)).write(
+        prompts(TEXTS), Records(tmp_path / "r")
+    )
+    assert len({line["fingerprint"] for lines in (first, again, scaled) for line in lines}) == 3 * len(TEXTS)
 
 
 def test_the_context_bounds_each_reply_by_its_own_prompt(folders, tmp_path):

@@ -17,7 +17,7 @@ from .annotators import Annotator, load_annotator
 from .endpoint import Endpoint, Judge
 from .files import read_rows
 from .generation import Generation, Prompt, Writer
-from .judging import Request, Verdict, judge_all
+from .judging import Request, Usage, Verdict, judge_all
 from .mean import Mean, mean
 from .records import Records
 from .result import finish
@@ -161,7 +161,7 @@ def write_outputs(instructions: Sequence[str], options: AlpacaEval, records: Rec
 
 def judge_pairs(
     pairs: Sequence[Pair], annotator: Annotator, options: AlpacaEval, records: Records
-) -> tuple[list[Verdict], Any]:
+) -> tuple[list[Verdict], Usage]:
     """Return each pair's probability that the model's output is better; equal outputs draw without being asked."""
     requests, swapped = [], {}
     for pair in pairs:
@@ -241,7 +241,9 @@ def load_control(data: str, options: LengthControl, count: int) -> tuple[list[fl
         if options.gamed is not None:
             own = ("preference", "std_delta_len", "instruction_difficulty")
             rows = read_rows(data, options.gamed, own)
-            gamed = Gamed(*(np.array([float(row[column]) for row in rows]) for column in own))
+            gamed = Gamed(*(np.array([float(row[column] or "nan") for row in rows]) for column in own))
+            if np.nanmin(gamed.preference) < 0 or np.nanmax(gamed.preference) > 1:
+                raise LoraInitError(f"length_control: {options.gamed} has preferences outside [0, 1]")
         rows = read_rows(data, source, columns)
         found = {int(float(row["index"])): float(row["instruction_difficulty"]) for row in reversed(rows)}
     except (TypeError, ValueError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,10 +79,11 @@ class Writer:
         network, self.tokenizer, _ = load_base(model, get_task("text"), options.dtype)
         self._ends = _ends(network.generation_config, self.tokenizer)
         # the content, not the name: an adapter trained anew in the same folder writes anew
-        self._identity = [model, provenance.hash_weights(resolve_model(model))]
+        self._identity: list[Any] = [model, provenance.hash_weights(resolve_model(model))]
         if adapter is not None:
             checkpoint.read_adapter(adapter)  # one clear line for a folder that is no adapter
-            self._identity += [adapter, provenance.hash_weights(adapter)]
+            config = Path(adapter) / "adapter_config.json"
+            self._identity += [provenance.hash_weights(adapter), config.read_text() if config.is_file() else adapter]
             network = PeftModel.from_pretrained(network, adapter)
         self._network: Any = network.eval()
         self._network.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,6 +99,8 @@ class Writer:
         from rich.console import Console
         from rich.progress import track
 
+        console = Console(stderr=True)
+        quiet = not console.is_terminal  # a log has no use for a bar
         options = self._options
         keys = {p.id: fingerprint(self._identity, p.tokens, p.temperature, _texts(options), p.id) for p in prompts}
         order = sorted(prompts, key=lambda p: (p.temperature, len(p.tokens)))  # little padding
@@ -105,7 +109,7 @@ class Writer:
             alike = [p for p in order if p.temperature == temperature]
             batches += [alike[i : i + options.batch_size] for i in range(0, len(alike), options.batch_size)]
         missing = [batch for batch in batches if any(keys[p.id] not in records for p in batch)]
-        for batch in track(missing, "writing", console=Console(stderr=True), transient=True, disable=not missing):
+        for batch in track(missing, "writing", console=console, transient=True, disable=quiet):
             replies = self._batch(batch)
             records.append(*({"id": p.id, **r, "fingerprint": keys[p.id]} for p, r in zip(batch, replies, strict=True)))
         return [records[keys[prompt.id]] for prompt in prompts]

@@ -89,8 +89,7 @@ def judge_all(requests: Sequence[Request], judge: Judge, records: Records, read:
     if missing:
         _ask(missing, keys, judge, records, read)
     lines = [records[keys[request.id]] for request in requests]
-    verdicts = [Verdict(line["id"], line["verdict"], line["problem"], line["answered"]) for line in lines]
-    return verdicts, _usage(lines, judge)
+    return [_verdict(line, read) for line in lines], _usage(lines, judge)
 
 
 def _ask(requests: list[Request], keys: dict[str, str], judge: Judge, records: Records, read: Reader) -> None:
@@ -98,6 +97,8 @@ def _ask(requests: list[Request], keys: dict[str, str], judge: Judge, records: R
     from rich.console import Console
     from rich.progress import track
 
+    console = Console(stderr=True)
+    quiet = not console.is_terminal  # a log has no use for a bar
     endpoint = Endpoint(judge)
     replied, empty = threading.Event(), 0
 
@@ -109,7 +110,9 @@ def _ask(requests: list[Request], keys: dict[str, str], judge: Judge, records: R
     with ThreadPoolExecutor(judge.concurrency) as pool:
         futures = [pool.submit(ask, request) for request in requests]
         try:
-            shown = track(as_completed(futures), "judging", len(futures), console=Console(stderr=True), transient=True)
+            shown = track(
+                as_completed(futures), "judging", len(futures), console=console, transient=True, disable=quiet
+            )
             for future in shown:
                 reply = future.result()
                 if reply.text is not None:
@@ -147,6 +150,14 @@ def _line(request: Request, key: str, judge: Judge, reply: Reply, read: Reader) 
         "completion_tokens": reply.completion_tokens,
         "fingerprint": key,
     }
+
+
+def _verdict(line: dict[str, Any], read: Reader) -> Verdict:
+    """Read the reply again: two annotators may send the same request and read the replies in different ways."""
+    if not line["answered"]:
+        return Verdict(line["id"], None, line["problem"], answered=False)
+    choices = tuple((token, x) for token, x in line["choices"])
+    return Verdict(line["id"], *read(Reply(line["reply"], choices, line["prompt_tokens"], line["completion_tokens"])))
 
 
 def _usage(lines: list[dict[str, Any]], judge: Judge) -> Usage:
