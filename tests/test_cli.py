@@ -121,6 +121,8 @@ def test_diagnose_prints_a_table_or_json_and_writes_a_page(files, tmp_path, caps
         (["export", ".", "--output", "x", "--rank", "0"], 1, "rank must be at least 1"),
         (["export", ".", "--output", "x", "--rank", "2", "--merge"], 1, "exclude each other"),
         (["init", "--model", "no-such-model", "--output", "x"], 1, "cannot be loaded"),
+        (["bench", "no-such-suite.yaml"], 1, "there is no suite no-such-suite.yaml"),
+        (["report", "no-such-folder"], 1, "no-such-folder holds no results"),
         (["init", "--model", "x", "--output", "x", "--base", "subtract"], 1, "subtract"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",

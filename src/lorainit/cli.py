@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from . import methods
@@ -184,8 +186,9 @@ def bench(
         address: of a Ray cluster; default: this machine alone.
         retry_failed: run failed trials again.
     """
-    from .bench import load
-    from .bench.run import bench as run
+    with _needs_bench():
+        from .bench import load
+        from .bench.run import bench as run
 
     chosen = load(suite)
     folder = output or f"results/{chosen.name}"
@@ -202,9 +205,22 @@ def report(results: str, output: str | None = None) -> None:
         results: folder of results, as ``lorainit bench`` made it.
         output: folder for the page and the tables; default: the folder of results.
     """
-    from .bench.report import write_report
+    with _needs_bench():
+        import jinja2  # noqa: F401
+        import scipy  # noqa: F401
+
+        from .bench.report import write_report
 
     print("\n".join(f"wrote {file}" for file in write_report(results, output or results)))
+
+
+@contextlib.contextmanager
+def _needs_bench() -> Iterator[None]:
+    """Say what to install where a library for benchmarks is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise LoraInitError(f"{error}; benchmarks need `pip install lorainit[bench]`") from error
 
 
 def mt_bench(**options: Any) -> None:
