@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from lorainit import LoraInitError
 from lorainit.bench import pool
 from lorainit.bench.plan import Plan, settled
 from lorainit.bench.results import Results
@@ -132,3 +133,16 @@ def test_an_error_of_the_work_itself_is_an_error_here(machine) -> None:
 
     with pytest.raises(ValueError, match="a bug"):
         run([0], work)
+
+
+class Stillborn:
+    """Cannot be unpickled: a worker that does not know the package."""
+
+    def __reduce__(self):
+        return (os._exit, (1,))
+
+
+@pytest.mark.slow
+def test_workers_that_never_start_are_an_error_and_no_endless_loop(machine) -> None:
+    with pytest.raises(LoraInitError, match="workers do not start"):
+        run([0], Stillborn())

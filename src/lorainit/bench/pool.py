@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from ..errors import LoraInitError
 from .suite import Resources
 
 Job = TypeVar("Job")
 Job_co = TypeVar("Job_co", covariant=True)
+_STILLBORN = 8  # workers in a row that die before they have done anything
 _PATIENCE = 600.0  # seconds without a worker before the cluster is called too small
 
 
@@ -57,7 +58,7 @@ class _Actor:
 
 
 @contextlib.contextmanager
-def cluster(address: str | None, resources: Resources) -> Iterator[None]:
+def cluster(address: str | None) -> Iterator[None]:
     """Connect to a Ray cluster; without an address, run one on this machine for as long as the block lasts.
 
     A program that has started Ray already keeps its own.
@@ -102,63 +103,102 @@ def run(
         resources: of a job.
 
     Raises:
-        LoraInitError: no machine of the cluster has those resources.
+        LoraInitError: no machine of the cluster has those resources, or no worker starts on them.
     """
-    options = _options(resources)
-    shared = ray.put(work)
-    spawn = ray.remote(_Actor).options(**options).remote
-    running: dict[Any, _Worker[Job]] = {}
-    idle: list[_Worker[Job]] = []
-    lost: list[tuple[Job, int]] = []  # to be done again, with how often it was tried
-    attempts: dict[int, int] = {}  # by id of the job in flight
-    alive = time.monotonic()
+    pool = _Pool(source, work, resources)
+    for _ in range(pool.room):
+        pool.start_worker()
+    while pool.hand_out():
+        for worker, job, result, error in pool.wait():
+            if error is None:
+                pool.free(worker, job)
+                if job is not None:
+                    on_end(job, result)
+            elif job is not None and pool.give_up(job):
+                on_lost(job, f"its worker died {resources.attempts} times: {error}")
+    pool.close()
 
-    def take() -> Job | None:
-        if lost:
-            job, tries = lost.pop()
-            attempts[id(job)] = tries
-            return job
-        return source.next()
 
-    def start() -> None:
-        worker: _Worker[Job] = _Worker(spawn(shared))
-        running[worker.actor.ready.remote()] = worker
+class _Pool(Generic[Job]):
+    """Workers, what each does, and the jobs whose worker has died."""
 
-    workers = _room(resources)
-    for _ in range(workers):
-        start()
-    while True:
-        while idle and (job := take()) is not None:
-            worker = idle.pop()
+    def __init__(self, source: Source[Job], work: Callable[[Job], Any], resources: Resources) -> None:
+        self._source, self._resources = source, resources
+        self._work = ray.put(work)
+        self._spawn: Any = ray.remote(_Actor).options(**_options(resources)).remote
+        self._running: dict[Any, _Worker[Job]] = {}
+        self._idle: list[_Worker[Job]] = []
+        self._lost: list[Job] = []
+        self._deaths: dict[int, int] = {}  # by id of a job that is running or lost
+        self._stillborn = 0
+        self._alive = time.monotonic()
+        self.room = _room(resources)
+
+    def start_worker(self) -> None:
+        """Start a worker; it gets a job once it has answered, as the cluster may have no room for it now."""
+        worker: _Worker[Job] = _Worker(self._spawn(self._work))
+        self._running[worker.actor.ready.remote()] = worker
+
+    def hand_out(self) -> bool:
+        """Give every idle worker a job; return whether there is anything to wait for."""
+        while self._idle and (job := self._lost.pop() if self._lost else self._source.next()) is not None:
+            worker = self._idle.pop()
             worker.job = job
-            running[worker.actor.carry_out.remote(job)] = worker
-        if not lost and idle and all(worker.job is None for worker in running.values()):
-            break  # nothing is left, nothing in flight can unlock more
-        ended, _ = ray.wait(list(running), num_returns=1, timeout=5.0)
+            self._running[worker.actor.carry_out.remote(job)] = worker
+        # an idle worker that found nothing: only a job in flight could unlock more
+        return not self._idle or any(worker.job is not None for worker in self._running.values())
+
+    def wait(self) -> Iterator[tuple[_Worker[Job], Job | None, Any, str | None]]:
+        """Yield a worker that has answered or died: (worker, its job, the result, why it died).
+
+        Raises:
+            LoraInitError: workers die before they have done anything, or none ever starts.
+        """
+        ended, _ = ray.wait(list(self._running), num_returns=1, timeout=5.0)
         if not ended:
-            if not idle and all(w.job is None for w in running.values()) and time.monotonic() - alive > _PATIENCE:
-                raise LoraInitError(f"no machine of the cluster gave a worker {_told(resources)} in {_PATIENCE:.0f} s")
-            continue
-        worker = running.pop(ended[0])
+            self._check_patience()
+            return
+        worker = self._running.pop(ended[0])
         job, worker.job = worker.job, None
         try:
             result = ray.get(ended[0])
-        except RayActorError as error:  # killed, out of memory, or its machine is gone
-            if job is not None:
-                tries = attempts.pop(id(job), 1)
-                if tries >= resources.attempts:
-                    on_lost(job, f"its worker died {tries} times: {str(error).splitlines()[0]}")
-                else:
-                    lost.append((job, tries + 1))
-            start()
-            continue
-        alive = time.monotonic()
-        idle.append(worker)
-        if job is not None:
-            attempts.pop(id(job), None)
-            on_end(job, result)
-    for worker in (*idle, *running.values()):
-        ray.kill(worker.actor)
+        except RayTaskError:  # the work itself is wrong
+            raise
+        except RayError as error:  # the worker was killed, out of memory, or its machine is gone
+            said = " ".join(str(error).split())
+            self._stillborn += job is None
+            if self._stillborn > _STILLBORN:
+                raise LoraInitError(f"workers do not start: {said}") from error
+            self.start_worker()
+            yield worker, job, None, said
+        else:
+            yield worker, job, result, None
+
+    def free(self, worker: _Worker[Job], job: Job | None) -> None:
+        """Take back a worker that has answered, by doing its job if it had one."""
+        self._deaths.pop(id(job), None)
+        self._alive, self._stillborn = time.monotonic(), 0
+        self._idle.append(worker)
+
+    def give_up(self, job: Job) -> bool:
+        """Put a job back whose worker has died; return whether that has happened too often instead."""
+        deaths = self._deaths.pop(id(job), 0) + 1
+        if deaths >= self._resources.attempts:
+            return True
+        self._deaths[id(job)] = deaths
+        self._lost.append(job)
+        return False
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in (*self._idle, *self._running.values()):
+            ray.kill(worker.actor)
+
+    def _check_patience(self) -> None:
+        waiting = not self._idle and all(worker.job is None for worker in self._running.values())
+        if waiting and time.monotonic() - self._alive > _PATIENCE:
+            told = _told(self._resources)
+            raise LoraInitError(f"no machine of the cluster gave a worker {told} in {_PATIENCE:.0f} s")
 
 
 def _options(resources: Resources) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def bench(
         tell: takes a line a trial.
 
     Raises:
-        LoraInitError: a path without root, no such cluster, another suite's results in the folder, no room for a trial,
-            or another process is at work in the folder.
+        LoraInitError: a path without root, no such cluster, no room for a trial, or another process is at work in the
+            folder.
     """
     begin = time.perf_counter()
     tables = cells(suite)
@@ -89,7 +89,7 @@ def bench(
 
         first = plan.next()
         if first is not None:
-            with pool.cluster(address, suite.resources):
+            with pool.cluster(address):
                 work = _worker(suite, root, results, tables)
                 pool.run(_Ahead(first, plan), work, end, lose, suite.resources)
     return Outcome(dict(counts), found, time.perf_counter() - begin)
