@@ -310,5 +310,8 @@ def check_saved(c: Configuration) -> None:
                     parameter.add_(0.02 * torch.randn_like(parameter))
         lorainit.save_pretrained(model, folder)
         fresh = PeftModel.from_pretrained(case_of(c).base(cases.DTYPES[c.dtype]), folder).eval()
-        difference = cases.relative_difference(output(fresh, c), output(model, c))
-        assert not difference > 1e-3, f"the saved adapter differs by {difference:.2g}"
+        expected = output(model, c)
+        difference = cases.relative_difference(output(fresh, c), expected)
+        assert difference <= 1e-3 or not bool(expected.isfinite().all()), (
+            f"the saved adapter differs by {difference:.2g}"
+        )
