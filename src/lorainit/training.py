@@ -392,14 +392,15 @@ def add_lora(model: PreTrainedModel, task: Task, options: dict[str, Any], fresh:
     Raises:
         LoraInitError: an unknown or wrong field of `peft.LoraConfig`, or target modules that match nothing.
     """
+    chosen = LORA_DEFAULTS | options
     try:
-        config = LoraConfig(task_type=task.task_type, **(LORA_DEFAULTS | options))
+        config = LoraConfig(task_type=task.task_type, **chosen)
         if fresh:
             config.modules_to_save = sorted({*(config.modules_to_save or []), *fresh})
             config.exclude_modules = config.exclude_modules or fresh
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
     except (TypeError, ValueError) as error:
-        raise LoraInitError(f"lora: {error}") from error
+        raise LoraInitError(f"lora: target_modules={chosen['target_modules']!r}: {error}") from error
 
 
 class FiniteTrainer(Trainer):

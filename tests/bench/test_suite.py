@@ -11,7 +11,7 @@ from lorainit.bench import load
 from lorainit.bench.search import Point
 from lorainit.bench.suite import CONTROLS, MethodEntry, Search, read
 from lorainit.bench.trial import cells, command, located, trial
-from lorainit.cli import _parse
+from lorainit.cli import _parse, train
 from tiny_suite import SUITE
 
 BASE = """
@@ -121,8 +121,8 @@ def test_the_command_repeats_the_recipe() -> None:
 
     entry = MethodEntry("exact", method="pissa", options={"exact": True}, lora={"use_rslora": True})
     recipe = cells(SUITE)[0].recipe(entry, Point(0.002, 1, matched=True))
-    name, options = _parse(shlex.split(command(recipe))[1:])
-    assert name == "train"
+    function, options = _parse(shlex.split(command(recipe))[1:])
+    assert function is train
     again = Recipe(**{k: v for k, v in options.items() if k != "resume"})
     assert dataclasses.replace(again, output=recipe.output, lora=recipe.lora, train=recipe.train) == recipe
     assert recipe.lora.items() >= again.lora.items()
