@@ -198,12 +198,13 @@ def bench(
     print(f"{told} in {done.seconds:.0f} s; {done.found} results were there; `lorainit report {folder}` shows them")
 
 
-def report(results: str, output: str | None = None) -> None:
+def report(results: str, output: str | None = None, suite: str | None = None) -> None:
     """Write what a benchmark has found: one HTML page, and the tables as Markdown and CSV.
 
     Args:
         results: folder of results, as ``lorainit bench`` made it.
         output: folder for the page and the tables; default: the folder of results.
+        suite: YAML file of the suite to report, where several share the folder; default: the one that was run last.
     """
     with _needs_bench():
         import jinja2  # noqa: F401
@@ -211,7 +212,7 @@ def report(results: str, output: str | None = None) -> None:
 
         from .bench.report import write_report
 
-    print("\n".join(f"wrote {file}" for file in write_report(results, output or results)))
+    print("\n".join(f"wrote {file}" for file in write_report(results, output or results, suite)))
 
 
 @contextlib.contextmanager

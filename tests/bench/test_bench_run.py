@@ -184,6 +184,16 @@ def test_the_report_says_what_the_results_say(finished, tmp_path) -> None:
     assert page.count("<svg") >= 4 + 2 + 1
 
 
+def test_a_suite_that_shares_the_folder_is_reported_by_name(finished, tmp_path) -> None:
+    text = json.dumps(json.loads((finished / "suite.json").read_text()) | {"name": "part", "methods": []})
+    (tmp_path / "part.yaml").write_text(text)
+    _, _, table = write_report(finished, tmp_path, tmp_path / "part.yaml")
+    labels = [row["method"] for row in csv.DictReader(table.read_text().splitlines())]
+    assert labels == ["kaiming", "rslora", "init-ab", "random"]
+    with pytest.raises(LoraInitError, match="there is no suite"):
+        write_report(finished, tmp_path, tmp_path / "none.yaml")
+
+
 def test_a_folder_without_results_is_refused(tmp_path) -> None:
     with pytest.raises(LoraInitError, match="there is no suite.json"):
         write_report(tmp_path, tmp_path)

@@ -52,7 +52,9 @@ def test_controls_come_first_and_are_never_left_out(tmp_path) -> None:
         ("name: x", "name: x\nranks: [0]", "ranks: 0 is below 1"),
         ("name: x", "name: x\nsearch: {schedule: grid, exponents: []}", "search.exponents is empty"),
         ("name: x", "name: x\nsearch: {schedule: random}", "schedule"),
-        ("name: x", "name: x\nsearch: {unit: 0}", "unit must be positive"),
+        ("name: x", "name: x\nsearch: {unit: 0}", "search: unit must be positive"),
+        ("{task: sst2,", "{task: sst2, search: {unit: 0},", "models: m: tasks: sst2: search: unit must be positive"),
+        ("{task: sst2,", "{task: sst2, search: {schedule: asha, exponents: []},", "search.exponents is empty"),
         ("name: x", "name: x\ndiagnosis: null", "'suggested' needs the diagnosis"),
         ("name: x", "name: x\nimports: [no_such_module]", "module 'no_such_module' cannot be imported"),
         ("name: x", "name: x\nresources: {workers: 0}", "workers must be at least 1"),
@@ -74,12 +76,18 @@ def test_a_missing_file_is_named() -> None:
         load("no.yaml")
 
 
-@pytest.mark.parametrize("name", ["quick", "reference", "cluster"])
+@pytest.mark.parametrize("name", ["quick", "reference", "learning_rates", "cluster"])
 def test_every_suite_that_ships_is_one(name) -> None:
     suite = load(Path(__file__).parents[2] / f"recipes/bench/{name}.yaml")
     assert suite.name == name
     assert {entry.label for entry in CONTROLS} <= {entry.label for entry in suite.entries()}
-    assert len(suite.final_seeds()) >= 3
+    assert all(len(cell.final_seeds) >= 3 for cell in cells(suite))
+
+
+def test_the_learning_rate_suite_shares_its_trials_with_the_reference() -> None:
+    shared, own = (load(Path(__file__).parents[2] / f"recipes/bench/{n}.yaml") for n in ("reference", "learning_rates"))
+    assert {cell.name for cell in cells(own)} < {cell.name for cell in cells(shared)}
+    assert [cell.search.schedule for cell in cells(own)] == ["grid", "grid", "grid", "bracket", "bracket"]
 
 
 def test_a_suite_survives_the_folder_of_results(tmp_path) -> None:

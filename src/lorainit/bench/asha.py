@@ -105,24 +105,24 @@ class _Reporter(TrainerCallback):
             self.stopped = control.should_training_stop = True
 
 
-def judges(search: Search, tables: list[Cell], results: Results) -> dict[str, Judge]:
+def judges(tables: list[Cell], results: Results) -> dict[str, Judge]:
     """Return the judge of each cell, which knows the evaluations that an earlier call has seen.
 
     Raises:
         LoraInitError: the suite does not say when trainings are evaluated and end.
     """
-    rungs: Any = ray.remote(num_cpus=0)(Rungs).remote(search)  # pyright: ignore[reportFunctionMemberAccess]
-    found = {cell.name: Judge(rungs, *_intervals(cell)) for cell in tables}
+    remote: Any = ray.remote(num_cpus=0)(Rungs)
+    found = {cell.name: Judge(remote.remote(cell.search), *_intervals(cell)) for cell in tables}
     for key in results.summaries:
         if "_judged_" in key:
             record = results.read(key)
             tags = record["trial"]
             judge = found.get(tags["cell"])
-            if judge is None:  # of another suite
+            if judge is None:  # of another suite, or of a cell with another schedule
                 continue
             for step, loss in record.get("curves", {}).get("eval_loss", []):
                 told = (f"{tags['cell']}/{tags['label']}", key, step, loss, judge.every, judge.steps)
-                ray.get(rungs.report.remote(*told))
+                ray.get(judge.rungs.report.remote(*told))
     return found
 
 

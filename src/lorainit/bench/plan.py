@@ -35,11 +35,11 @@ class Group:
 
     def best(self) -> int | None:
         """Return the exponent of the tuned rate, None while it is unknown."""
-        return search.tuned(self.cell.suite.search, self.center, self.cell.suite.seeds, self.losses)
+        return search.tuned(self.cell.search, self.center, self.cell.suite.seeds, self.losses)
 
     def over(self) -> bool:
         """Return whether the search for a rate has ended."""
-        return search.tried(self.cell.suite.search, self.center, self.cell.suite.seeds, self.losses)[1]
+        return search.tried(self.cell.search, self.center, self.cell.suite.seeds, self.losses)[1]
 
     def points(self, vanilla: Group) -> Iterator[Point]:
         """Yield what is missing now; more may be once these are done.
@@ -52,7 +52,7 @@ class Group:
         if suite.diagnosis is not None and diagnosis not in self.losses:
             yield diagnosis
         if not self.over():
-            yield from search.search_points(suite.search, self.center, suite.seeds, self.losses)
+            yield from search.search_points(self.cell.search, self.center, suite.seeds, self.losses)
             return
         wanted = dict.fromkeys([*self.finals(), *self.comparisons(vanilla).values()])
         yield from (point for point in wanted if point not in self.losses)
@@ -62,17 +62,16 @@ class Group:
         best = self.best()
         if best is None:
             return []
-        suite = self.cell.suite
-        return [Point(search.rate(suite.search, best), seed) for seed in suite.final_seeds()]
+        return [Point(search.rate(self.cell.search, best), seed) for seed in self.cell.final_seeds]
 
     def comparisons(self, vanilla: Group) -> dict[tuple[str, int], Point]:
         """Return the runs at vanilla's tuned rate and what follows from it, by kind and seed; none while unknown."""
-        suite, best = self.cell.suite, vanilla.best()
+        cell, best = self.cell, vanilla.best()
         if best is None or self is vanilla:
             return {}
-        rate, found = search.rate(suite.search, best), {}
-        for kind in suite.compare:
-            for seed in suite.comparison_seeds():
+        rate, found = search.rate(cell.search, best), {}
+        for kind in cell.suite.compare:
+            for seed in cell.comparison_seeds:
                 if kind == "vanilla":
                     found[kind, seed] = Point(rate, seed)
                 elif kind == "matched" and not self.entry.lora:  # LoRA's own options are what sets such a row apart

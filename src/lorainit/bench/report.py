@@ -24,16 +24,21 @@ from .table import Row, Table, tables
 ALPHA = 0.05
 
 
-def write_report(results: str | Path, output: str | Path) -> list[Path]:
+def write_report(results: str | Path, output: str | Path, suite_file: str | Path | None = None) -> list[Path]:
     """Write ``index.html``, ``report.md`` and ``report.csv`` and return their paths.
 
+    Args:
+        results: folder of results; several suites may have put theirs there.
+        output: folder to write to.
+        suite_file: the suite to report; default: the one that was run last.
+
     Raises:
-        LoraInitError: no folder of results, or nothing in it yet.
+        LoraInitError: no folder of results, no such suite, or nothing of it yet.
     """
     folder = Path(results)
     if not (folder / "suite.json").is_file():
         raise LoraInitError(f"{folder} holds no results of `lorainit bench`: there is no suite.json")
-    suite = read(folder / "suite.json")
+    suite = read(suite_file or folder / "suite.json")
     with contextlib.suppress(LoraInitError):  # only the papers of third parties' methods would be known by it
         import_modules(suite.imports)
     with contextlib.closing(Results(folder)) as found:

@@ -90,7 +90,7 @@ def bench(
         first = plan.next()
         if first is not None:
             with pool.cluster(address):
-                work = _worker(suite, root, results, tables)
+                work = _worker(root, results, tables)
                 pool.run(_Ahead(first, plan), work, end, lose, suite.resources)
     return Outcome(dict(counts), found, time.perf_counter() - begin)
 
@@ -124,13 +124,14 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _worker(suite: Suite, root: str | None, results: Results, tables: list[Cell]) -> Callable[[Trial], dict[str, Any]]:
+def _worker(root: str | None, results: Results, tables: list[Cell]) -> Callable[[Trial], dict[str, Any]]:
     """Return what a worker does with a trial."""
-    if suite.search.schedule != "asha":
+    judged = [cell for cell in tables if cell.search.schedule == "asha"]
+    if not judged:
         return functools.partial(carry_out, root=root)
     from . import asha
 
-    judges = asha.judges(suite.search, tables, results)
+    judges = asha.judges(judged, results)
     return functools.partial(_judged, root=root, judges=judges)
 
 

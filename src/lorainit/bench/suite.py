@@ -68,6 +68,34 @@ class Forgetting:
 
 
 @dataclasses.dataclass(frozen=True)
+class Search:
+    """How each method's learning rate is found: all methods share the points unit·2^k.
+
+    Attributes:
+        schedule: ``bracket`` (three rates ``stride`` apart with the first seed, widened while the best is at an edge,
+            refined around it, then every seed at the best), ``grid`` (every exponent with every seed, widened likewise)
+            or ``asha`` (every exponent with the first seed, where Ray Tune's ASHA stops the worse ones early, then
+            every seed at the best).
+        unit: the rate at exponent 0.
+        exponents: of ``grid`` and ``asha``, relative to where the method's best is expected.
+        stride: of ``bracket``: exponents between its first rates.
+        widest: exponents away from where the best is expected, beyond which the search stops.
+        grace: of ``asha``: evaluations before a trial may be stopped.
+        reduction: of ``asha``: one in so many goes on.
+        final_seeds: seeds at the best rate; default: the suite's. Seeds that the search has not seen are unbiased.
+    """
+
+    schedule: Literal["bracket", "grid", "asha"] = "bracket"
+    unit: float = 1e-3
+    exponents: list[int] = dataclasses.field(default_factory=lambda: [-4, -2, 0, 2, 4])
+    stride: int = 2
+    widest: int = 8
+    grace: int = 1
+    reduction: float = 3.0
+    final_seeds: list[int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskEntry:
     """A task that a model is adapted to.
 
@@ -79,6 +107,7 @@ class TaskEntry:
         center: where vanilla's best rate is expected, in powers of 2 times the search's unit.
         metric: the metric to show beside the loss; default: the first that the task has.
         forgetting: held-out text to find out what is forgotten.
+        search: how its learning rates are found; default: the suite's way.
     """
 
     task: str
@@ -88,6 +117,7 @@ class TaskEntry:
     center: int = 0
     metric: str | None = None
     forgetting: Forgetting | None = None
+    search: Search | None = None
 
     @property
     def name(self) -> str:
@@ -114,34 +144,6 @@ class ModelEntry:
     dtype: str = "float32"
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """How each method's learning rate is found: all methods share the points unit·2^k.
-
-    Attributes:
-        schedule: ``bracket`` (three rates ``stride`` apart with the first seed, widened while the best is at an edge,
-            refined around it, then every seed at the best), ``grid`` (every exponent with every seed, widened likewise)
-            or ``asha`` (every exponent with the first seed, where Ray Tune's ASHA stops the worse ones early, then
-            every seed at the best).
-        unit: the rate at exponent 0.
-        exponents: of ``grid`` and ``asha``, relative to where the method's best is expected.
-        stride: of ``bracket``: exponents between its first rates.
-        widest: exponents away from where the best is expected, beyond which the search stops.
-        grace: of ``asha``: evaluations before a trial may be stopped.
-        reduction: of ``asha``: one in so many goes on.
-        final_seeds: seeds at the best rate; default: the suite's. Seeds that the search has not seen are unbiased.
-    """
-
-    schedule: Literal["bracket", "grid", "asha"] = "bracket"
-    unit: float = 1e-3
-    exponents: list[int] = dataclasses.field(default_factory=lambda: [-4, -2, 0, 2, 4])
-    stride: int = 2
-    widest: int = 8
-    grace: int = 1
-    reduction: float = 3.0
-    final_seeds: list[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,13 +213,10 @@ class Suite:
         controls = [by_label.get(control.label, control) for control in CONTROLS]
         return [*controls, *(entry for entry in given if entry.label not in {c.label for c in CONTROLS})]
 
-    def final_seeds(self) -> list[int]:
-        """Return the seeds at the best rate."""
-        return self.search.final_seeds or self.seeds
-
-    def comparison_seeds(self) -> list[int]:
-        """Return the seeds of the runs at vanilla's and at the suggested rate."""
-        return self.compare_seeds if self.compare_seeds is not None else self.final_seeds()
+    def searches(self) -> dict[str, Search]:
+        """Return the ways in which learning rates are found, by where they stand."""
+        tasks = {f"models: {m.label}: tasks: {task.name}: search": task.search for m in self.models for task in m.tasks}
+        return {"search": self.search} | {where: search for where, search in tasks.items() if search is not None}
 
 
 def load(file: str | Path) -> Suite:
@@ -283,8 +282,9 @@ def _check_lists(suite: Suite) -> None:
         "seeds": suite.seeds,
     }
     lists |= {f"models: {m.label}: tasks": [task.name for task in m.tasks] for m in suite.models}
-    if suite.search.schedule != "bracket":
-        lists["search.exponents"] = suite.search.exponents
+    lists |= {
+        f"{w}.exponents": search.exponents for w, search in suite.searches().items() if search.schedule != "bracket"
+    }
     for where, values in lists.items():
         if not values:
             raise LoraInitError(f"{where} is empty: there is nothing to run")
@@ -296,11 +296,12 @@ def _check_lists(suite: Suite) -> None:
 
 
 def _check_numbers(suite: Suite) -> None:
-    search, resources = suite.search, suite.resources
+    resources = suite.resources
     if min(suite.ranks) < 1:
         raise LoraInitError(f"ranks: {min(suite.ranks)} is below 1")
-    if not (search.unit > 0 and math.isfinite(search.unit) and search.stride >= 1 and search.widest >= 1):
-        raise LoraInitError("search: unit must be positive, stride and widest at least 1")
+    for where, search in suite.searches().items():
+        if not (search.unit > 0 and math.isfinite(search.unit) and search.stride >= 1 and search.widest >= 1):
+            raise LoraInitError(f"{where}: unit must be positive, stride and widest at least 1")
     if "suggested" in suite.compare and suite.diagnosis is None:
         raise LoraInitError("compare: 'suggested' needs the diagnosis, which is switched off")
     if resources.attempts < 1 or (resources.workers is not None and resources.workers < 1):

@@ -183,7 +183,7 @@ def _first_metric(runs: dict[str, _Runs]) -> str | None:
 
 def _row(runs: _Runs, control: _Runs, metric: str | None, vanilla: Group, results: Results) -> Row:
     group = runs.group
-    suite = group.cell.suite
+    cell = group.cell
     losses, base = (each.each(lambda record: record["metrics"]["loss"]) for each in (runs, control))
     scores, base_scores = (
         each.each(lambda record: record["metrics"].get(metric, math.nan)) if metric else {} for each in (runs, control)
@@ -195,11 +195,11 @@ def _row(runs: _Runs, control: _Runs, metric: str | None, vanilla: Group, result
     reached = statistics.steps_to(statistics.smooth(curve), level) if curve else None
     whole, _ = _last(control)
     best = group.best()
-    rate = None if best is None else search.rate(suite.search, best)
+    rate = None if best is None else search.rate(cell.search, best)
     vanilla_best = vanilla.best()
     suggested = None
     if group.ratio is not None and vanilla_best is not None:
-        suggested = search.suggestion(search.rate(suite.search, vanilla_best), group.ratio)
+        suggested = search.suggestion(search.rate(cell.search, vanilla_best), group.ratio)
     diagnosis = _diagnosis(group, results)
     starts = [record["cost"]["start"] for record in runs.records.values() if "cost" in record]
     peaks = [start["peak_bytes"] for start in starts if start["peak_bytes"] is not None]
@@ -208,7 +208,7 @@ def _row(runs: _Runs, control: _Runs, metric: str | None, vanilla: Group, result
         label=group.entry.label,
         rates=_rates(group),
         tuned=rate,
-        edge=search.at_edge(suite.search, group.center, suite.seeds, group.losses),
+        edge=search.at_edge(cell.search, group.center, cell.suite.seeds, group.losses),
         loss=statistics.estimate(list(losses.values())),
         metric=statistics.estimate(list(scores.values())),
         difference=statistics.estimate(differences),

@@ -14,7 +14,7 @@ from ..errors import LoraInitError
 from ..tasks import DataOptions
 from ..training import LORA_DEFAULTS, TRAIN_DEFAULTS, Recipe
 from .search import Point
-from .suite import Forgetting, MethodEntry, ModelEntry, Suite, TaskEntry
+from .suite import Forgetting, MethodEntry, ModelEntry, Search, Suite, TaskEntry
 
 _QUIET = {"disable_tqdm": True, "log_level": "error"}
 _ROOT = "root:"
@@ -35,6 +35,21 @@ class Cell:
     model: ModelEntry
     task: TaskEntry
     rank: int
+
+    @property
+    def search(self) -> Search:
+        """How learning rates are found."""
+        return self.task.search or self.suite.search
+
+    @property
+    def final_seeds(self) -> list[int]:
+        """The seeds at the best rate."""
+        return self.search.final_seeds or self.suite.seeds
+
+    @property
+    def comparison_seeds(self) -> list[int]:
+        """The seeds of the runs at vanilla's and at the suggested rate."""
+        return self.suite.compare_seeds if self.suite.compare_seeds is not None else self.final_seeds
 
     @functools.cached_property
     def name(self) -> str:
