@@ -44,7 +44,7 @@ class Start:
         row: its line of the report.
         tuned: the tuned learning rate, between those tried.
         suggested: `suggest_lr`'s; None before the diagnosis.
-        losses: by seed, at the ``tuned`` rate, the ``suggested`` one, ``vanilla``'s, and there with match_lr (``matched``).
+        losses: by seed, at the rates ``tuned``, ``suggested``, ``vanilla`` and, with match_lr, ``matched``.
     """
 
     group: Group
