@@ -11,6 +11,7 @@ of the repeats, and the peak of resident memory above the model's. ``wide``: LLa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -48,6 +49,7 @@ WIDE_METHODS: dict[str, Any] = {
     "lora-da": lorainit.LoRADA(),
     "lora-ga": lorainit.LoRAGA(),
     "lora-one": lorainit.LoRAOne(),
+    "ag-lora": lorainit.AGLoRA(),
 }
 SLOW = {"cntlora": lorainit.CNTLoRA()}  # a full eigendecomposition of 11008×11008: minutes
 TARGETS = {"up": (WIDE, INNER), "down": (INNER, WIDE)}
@@ -86,7 +88,15 @@ def batches(width: int, tokens: int) -> list[dict[str, Tensor]]:
     return [{"x": x[i : i + 4], "labels": labels[i : i + 4]} for i in range(0, rows, 4)]
 
 
-def measured(model: PeftModel, method: Any, data: list[dict[str, Tensor]], **options: Any) -> dict[str, Any]:
+def operations(profile: Any, most: int = 3) -> dict[str, float]:
+    """Return the operations that took longest, with their own CPU seconds."""
+    averages = sorted(profile.key_averages(), key=lambda each: -each.self_cpu_time_total)
+    return {each.key.removeprefix("aten::"): each.self_cpu_time_total / 1e6 for each in averages[:most]}
+
+
+def measured(
+    model: PeftModel, method: Any, data: list[dict[str, Tensor]], *, profiled: bool = False, **options: Any
+) -> dict[str, Any]:
     """Return the cost of one start, and of bare passes over the same data."""
     needs_gradients = "backward" in lorainit.methods.get_method(method).info.needs
     with cost.measure() as bare:
@@ -100,12 +110,13 @@ def measured(model: PeftModel, method: Any, data: list[dict[str, Tensor]], **opt
             del x, loss
         passes = time.process_time() - begin
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps would hide the start's own peak
-    with cost.measure() as spent:
+    with cost.measure() as spent, torch.profiler.profile() if profiled else contextlib.nullcontext() as profile:
         begin = time.process_time()
         lorainit.initialize(model, method, data=data, progress=False, **options)
         seconds = time.process_time() - begin
     return {
         "seconds": seconds,
+        "operations": operations(profile) if profile is not None else None,
         "bare_seconds": passes,
         "peak_bytes": spent.peak_bytes,
         "bare_peak_bytes": bare.peak_bytes,
@@ -181,7 +192,7 @@ def wide(methods: dict[str, Any]) -> list[dict[str, Any]]:
         for target, (inputs, outputs) in TARGETS.items():
 
             def work(method: Any = method, target: str = target) -> dict[str, Any]:
-                return measured(built(WIDE, 1, 16, (target,), INNER), method, batches(WIDE, 512))
+                return measured(built(WIDE, 1, 16, (target,), INNER), method, batches(WIDE, 512), profiled=True)
 
             found = forked(work)
             rows.append({"method": name, "inputs": inputs, "outputs": outputs, **found})
@@ -238,14 +249,14 @@ def table(result: dict[str, Any]) -> str:
         "",
         "## LLaMA-2-7B's MLP layers beside 6 GiB (512 tokens)",
         "",
-        "| method | layer (in→out) | start, s | bare passes, s | above the passes, s | peak, GiB |",
-        "|---|---|---|---|---|---|",
+        "| method | layer (in→out) | start, s | bare passes, s | above the passes, s | peak, GiB | most of it, s |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in result.get("wide", []):
         lines.append(
             f"| {row['method']} | {row['inputs']}→{row['outputs']} | {row['seconds']:.1f} | "
             f"{row['bare_seconds']:.1f} | {row['seconds'] - row['bare_seconds']:.1f} | "
-            f"{row['peak_bytes'] / GIB:.2f} |"
+            f"{row['peak_bytes'] / GIB:.2f} | {', '.join(f'{op} {s:.1f}' for op, s in row['operations'].items())} |"
         )
     if "budget" in result:
         lines += ["", "## Peak beside `memory_budget` (5 blocks, width 1024, 10 layers)", ""]
