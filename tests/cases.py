@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lorainit
+from lorainit.sharding import local
 
 SEQUENCE, BATCH, VOCAB, CLASSES = 6, 3, 40, 5
 
@@ -282,7 +283,7 @@ class Snapshot:
             objects[name] = (type(module), module.training, *(tuple(getattr(module, hook)) for hook in hooks))
         for name, config in getattr(model, "peft_config", {}).items():
             objects[f"config of {name}"] = (id(config), type(config), config.to_dict())
-        return cls({name: tensor.detach().clone() for name, tensor in every}, objects, rng_state())
+        return cls({name: local(tensor.detach()).clone() for name, tensor in every}, objects, rng_state())
 
     def assert_unchanged(self, model: nn.Module, *, buffers_remade: bool = False) -> None:
         now = Snapshot.of(model)

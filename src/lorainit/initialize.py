@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoint, rescale, serving
+from . import checkpoint, rescale, serving, sharding
 from .apply import Base, Undo, all_or_nothing, check_can_subtract
 from .calibration import (
     Groups,
@@ -105,7 +105,8 @@ def initialize(
             it, alike, each with its own shard of ``data`` (an empty one is allowed). The sums over all shards decide,
             the layers' starts are computed in different processes and are then the same in all of them; an error in
             one is an error in all. ``samples`` of a method are shared out, ``max_batches`` and ``memory_budget`` hold
-            for each process. None: this process on its own (as in ``if rank == 0``); or another group.
+            for each process. A model that FSDP2 shards needs all processes that hold it. None: this process on its own
+            (as in ``if rank == 0``); or another group.
         progress: show a progress bar.
 
     Returns:
@@ -245,6 +246,7 @@ def _initialize(call: _Call) -> InitReport:
 
 def _find(call: _Call) -> tuple[list[LoraSite], dict[str, str]]:
     """Return the layers to start, and why others cannot be; raise on what is known to be wrong by now."""
+    sharding.reshard(call.model)
     sites, unsupported = find_sites(call.model, call.adapter_name)
     experts, refused = find_experts(call.model, call.adapter_name)
     if reason := _not_for_experts(call.method, call.rule, call.match_lr):
@@ -255,7 +257,7 @@ def _find(call: _Call) -> tuple[list[LoraSite], dict[str, str]]:
     _check_startable(call.model, call.adapter_name, sites, unsupported, call.method, call.skip)
     if call.treatment == "subtract":
         check_can_subtract(call.model, sites)
-    _check_processes(sites, call.method, call.processes)
+    _check_processes(sites, call.method, call.rule, call.processes)
     return sites, unsupported
 
 
@@ -321,6 +323,10 @@ def _chosen(call: _Call) -> _Call:
     data = list(call.data) if isinstance(call.data, Iterator) else call.data
     features: dict[str, float] = {}
     if data is not None and any(entry.where for entry in auto.table() if entry.helps):
+        if sharding.wrapping(call.model) == "fsdp2":
+            raise LoraInitError(
+                "auto cannot diagnose a model that is sharded by FSDP2; name the method, or pass no data"
+            )
         from .diagnostics.diagnose import diagnose  # needs more than a start does
 
         most = call.max_batches or 8
@@ -337,7 +343,7 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise LoraInitError(f"{name}={value!r} is not one of {list(choices)}")
 
 
-def _check_processes(sites: list[LoraSite], method: Method, processes: Processes) -> None:
+def _check_processes(sites: list[LoraSite], method: Method, rule: RankRule, processes: Processes) -> None:
     """Raise unless the processes can do what the method asks, and hold all of a sharded model."""
     if processes.size > 1 and method.request is not None and "odd_weight_gradient" in method.request.streams:
         raise LoraInitError(
@@ -354,10 +360,15 @@ def _check_processes(sites: list[LoraSite], method: Method, processes: Processes
             f"layer '{sharded[0].name}': its weight is sharded over {holders} processes, but {processes.size} are to "
             "start the model; all that hold it must call initialize, with their process_group"
         )
-    if method.info.needs_data:
+    refused = f"layer '{sharded[0].name}' is sharded by FSDP2, where"
+    if isinstance(method, TrainedMethod):
         raise LoraInitError(
-            f"{method.info.name} needs data, and layer '{sharded[0].name}' is sharded by FSDP2: only starts from the "
-            "weights are supported there; start the adapter before fully_shard is applied"
+            f"{refused} {method.info.name} cannot train for its start; start the adapter before fully_shard is applied"
+        )
+    if rule.rule != "fixed":
+        raise LoraInitError(
+            f"{refused} ranks={rule.rule!r} cannot give a layer another rank; start the adapter before fully_shard is "
+            "applied"
         )
 
 

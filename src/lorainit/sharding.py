@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -45,15 +47,40 @@ def replicated_like(value: Tensor, reference: Tensor) -> Tensor:
     return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def reshard(model: nn.Module) -> None:
+    """Have the parameters of a model in shards: after a pass FSDP2 leaves those of its root put together."""
+    for module in _fsdp2_modules(model):
+        module.reshard()
+
+
+@contextlib.contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Run passes of a model that FSDP2 shards, in which nothing is trained; it is sharded again when they are over."""
+    roots = _roots(model)
+    for module in roots:
+        # at its first pass FSDP2 looks which parameters are trained: in ours it would be none
+        module._get_fsdp_state()._lazy_init()
+    reshard(model)
+    try:
+        yield
+    except BaseException:
+        for module in roots:
+            with contextlib.suppress(AttributeError, RuntimeError):  # torch < 2.13; a connection that is lost
+                module.reset_iter_state()
+        raise
+    finally:
+        reshard(model)
+
+
 def wrapping(model: nn.Module) -> Literal["fsdp1", "fsdp2"] | None:
     """Return by which form of FSDP the parameters of a model, or some of them, are sharded."""
     if not torch.distributed.is_available():
         return None
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return "fsdp1"
-    return "fsdp2" if any(isinstance(module, FSDPModule) for module in model.modules()) else None
+    return "fsdp2" if _fsdp2_modules(model) else None
 
 
 def obstacle(weight: object, base_layer: nn.Module, wrapped: Literal["fsdp1", "fsdp2"] | None) -> str | None:
@@ -80,3 +107,23 @@ def obstacle(weight: object, base_layer: nn.Module, wrapped: Literal["fsdp1", "f
     elif weight.device.type == "meta":
         found = "is on the meta device and holds no values; load or materialize the model first"
     return found
+
+
+def _fsdp2_modules(model: nn.Module) -> list[Any]:
+    if not torch.distributed.is_available():
+        return []
+    from torch.distributed import fsdp
+
+    kind = getattr(fsdp, "FSDPModule", None)  # torch ≥ 2.6
+    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+
+
+def _roots(model: nn.Module) -> list[Any]:
+    """Return the modules that `fully_shard` was applied to which lie in no other such module."""
+    inner: set[nn.Module] = set()
+    roots: list[Any] = []
+    for module in _fsdp2_modules(model):  # parents come before their children
+        if module not in inner:
+            roots.append(module)
+            inner.update(module.modules())
+    return roots

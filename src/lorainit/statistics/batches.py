@@ -34,7 +34,7 @@ def iterate(
         if left <= 0 or (max_batches is not None and index >= max_batches):
             return
         rows = count_rows(batch)
-        yield _to_device(batch if rows <= left else take_rows(batch, slice(0, int(left))), device)
+        yield to_device(batch if rows <= left else take_rows(batch, slice(0, int(left))), device)
         left -= rows
     if index < 0 and not may_be_empty:
         raise LoraInitError(NO_BATCH)
@@ -127,16 +127,25 @@ def summed_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     Raises:
         LoraInitError: no labels in the batch, no loss in the output, or not a single label term.
     """
+    loss, terms = loss_in(forward(model, batch), model, batch)
+    if terms == 0:
+        raise LoraInitError(f"a calibration batch ({describe(batch)}) has no label that counts: all are -100")
+    return loss, terms
+
+
+def loss_in(output: Any, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    """Return the summed loss in what a model has made of a batch, NaN without a label term, and their number.
+
+    Raises:
+        LoraInitError: no labels in the batch, or no loss in the output.
+    """
     terms = count_terms(model, batch)
-    output = forward(model, batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if terms is None or loss is None:
         raise LoraInitError(
             f"this method needs gradients, hence a loss: the batch ({describe(batch)}) must hold 'labels' and the "
             "model must return a loss; or pass loss_function=(model, batch) -> (summed loss, number of terms)"
         )
-    if terms == 0:
-        raise LoraInitError(f"a calibration batch ({describe(batch)}) has no label that counts: all are -100")
     return loss * terms, terms
 
 
@@ -162,9 +171,10 @@ def position_masks(model: nn.Module, batch: Any, kind: MaskKind) -> dict[str, Te
     return masks
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on a device."""
     if isinstance(batch, Mapping):
-        return {k: _to_device(v, device) for k, v in batch.items()}
+        return {k: to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_to_device(v, device) for v in batch)
+        return type(batch)(to_device(v, device) for v in batch)
     return batch.to(device) if isinstance(batch, Tensor) else batch

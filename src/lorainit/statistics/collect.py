@@ -14,8 +14,9 @@ from .. import memory
 from ..errors import LoraInitError
 from ..processes import ALONE, Processes
 from ..sites import LoraSite
-from .batches import LossFunction, iterate, summed_loss
+from .batches import iterate
 from .layer import LayerStatistics
+from .lockstep import passes_of
 from .request import Request, Sketch
 from .shards import add_up
 from .watch import Watch
@@ -36,7 +37,6 @@ def collect(
     memory_budget: int | None = None,
     micro_batch: int | None = None,
     offload: bool = False,
-    loss_function: LossFunction | None = None,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -54,9 +54,9 @@ def collect(
         memory_budget: bytes that the sums may take at a time; layers go in groups that fit.
         micro_batch: rows that run at a time: less memory for activations, the same sums.
         offload: keep the sums in CPU memory while the model runs on an accelerator.
-        loss_function: (model, batch) -> (summed loss, number of terms); default `summed_loss`.
         processes: those whose data are shards of one whole: the sums are over all of them, the same in each. One that
-            has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all.
+            has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all. Those
+            that hold a model together (FSDP2) run their passes in step, see `lorainit.statistics.lockstep`.
         progress: show a progress bar.
 
     Raises:
@@ -66,8 +66,7 @@ def collect(
     """
     found: dict[str, LayerStatistics] = {}
     options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget}
-    options |= {"micro_batch": micro_batch, "offload": offload, "loss_function": loss_function, "progress": progress}
-    options |= {"processes": processes}
+    options |= {"micro_batch": micro_batch, "offload": offload, "progress": progress, "processes": processes}
     for _, statistics in collect_groups(model, sites, data, request, **options):
         found |= statistics
     return found
@@ -83,7 +82,6 @@ def collect_groups(
     memory_budget: int | None = None,
     micro_batch: int | None = None,
     offload: bool = False,
-    loss_function: LossFunction | None = None,
     processes: Processes = ALONE,
     workspace: Workspace = lambda site: 0,
     remarks: list[str] | None = None,
@@ -104,7 +102,6 @@ def collect_groups(
         memory_budget: see there; what the work on a layer takes comes out of it, too.
         micro_batch: see there.
         offload: see there.
-        loss_function: see there.
         processes: see there.
         workspace: bytes that the work on a layer takes beside the sums.
         remarks: takes what the user should know.
@@ -119,7 +116,7 @@ def collect_groups(
     while pending:
         group = pending.pop(0)
         watch = Watch(model, group, request, store=store)
-        fits = _run(watch, batches, max_batches, micro_batch, loss_function or summed_loss, processes, progress)
+        fits = _run(watch, batches, max_batches, micro_batch, processes, progress)
         if not all(processes.exchange(fits)):
             del watch
             memory.free()
@@ -144,19 +141,16 @@ def _run(
     batches: Iterable[Any],
     max_batches: int | None,
     micro_batch: int | None,
-    loss_function: LossFunction,
     processes: Processes,
     progress: bool,
 ) -> bool:
     """Run the model over this process's batches; return False where memory ran out on the way."""
     device, samples = next(watch.model.parameters()).device, processes.share(watch.request.samples)
     try:
-        with base_only(watch.model), watch:
-            bar = tqdm(desc="calibration", unit="batch", disable=not progress, leave=False)
-            for batch in iterate(batches, max_batches, samples, device, may_be_empty=processes.size > 1):
-                watch.run(batch, loss_function, micro_batch)
-                bar.update()
-            bar.close()
+        with passes_of(watch.model, processes) as passes, base_only(watch.model), watch:
+            found = iterate(batches, max_batches, samples, device, may_be_empty=processes.size > 1)
+            bar = tqdm(found, desc="calibration", unit="batch", disable=not progress, leave=False)
+            watch.run(bar, passes=passes, micro_batch=micro_batch)
     except (RuntimeError, MemoryError) as error:
         if not memory.ran_out(error):
             raise

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,20 @@ from torch import Tensor, nn
 from ..errors import LoraInitError, NonFiniteError
 from ..sites import LoraSite
 from ..sketches import test_matrix
-from .batches import NO_BATCH, LossFunction, count_rows, count_terms, forward, position_masks, split_rows
+from .batches import (
+    NO_BATCH,
+    LossFunction,
+    count_rows,
+    count_terms,
+    describe,
+    forward,
+    loss_in,
+    position_masks,
+    split_rows,
+)
 from .inputs import add_inputs
 from .layer import LayerStatistics
+from .lockstep import Part, Passes
 from .output_gradients import add_output_gradients
 from .positions import counted, geometry, input_positions, output_positions
 from .request import INPUT_STREAMS, WEIGHT_GRADIENT_STREAMS, Request
@@ -55,6 +67,23 @@ class _Input:
         return self._projected[columns]
 
 
+class _Counts(NamedTuple):
+    """What is to be known about a part of the data to count it.
+
+    Attributes:
+        rows: how many it has.
+        masks: which of its positions count.
+        gradients: whether its gradients do.
+    """
+
+    rows: int
+    masks: dict[str, Tensor]
+    gradients: bool
+
+
+_NOTHING = _Counts(0, {}, False)
+
+
 class Watch:
     """A context in which a group of layers is watched.
 
@@ -66,6 +95,7 @@ class Watch:
         self, model: nn.Module, sites: list[LoraSite], request: Request, *, store: torch.device | None = None
     ) -> None:
         self.model, self.sites, self.request, self.store = model, sites, request, store
+        self._passes = Passes()
         seed = request.sketch.seed if request.sketch else 0
         self.statistics = {site.name: LayerStatistics(sketch_seed=seed) for site in sites}
         self._streams = {site.name: request.streams_of(site) for site in sites}
@@ -74,9 +104,9 @@ class Watch:
         self._leader: dict[str, str] = {}
         self._inputs: dict[str, _Input] = {}
         self._known: dict[int, weakref.ref[_Input]] = {}
-        self._masks: dict[str, Tensor] = {}
+        self._counts = _NOTHING
         self._sizes: list[tuple[str, str, Tensor]] = []
-        self._batch, self._row, self._rows = -1, 0, 0
+        self._batch, self._row = -1, 0
         self._calls: Counter[str] = Counter()
         self._calls_at_first: Counter[str] = Counter()
         self._in_backward = False
@@ -92,37 +122,56 @@ class Watch:
         for handle in self._handles:
             handle.remove()
 
-    def run(self, batch: Any, loss_function: LossFunction, micro_batch: int | None = None) -> None:
-        """Add one batch to the sums.
+    def run(
+        self,
+        batches: Iterable[Any],
+        *,
+        passes: Passes | None = None,
+        loss_function: LossFunction | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        """Add batches to the sums.
 
         Args:
-            batch: as the model takes it.
-            loss_function: (model, batch) -> (summed loss, number of terms).
+            batches: as the model takes them.
+            passes: how the model runs; default: it is all here.
+            loss_function: (model, batch) -> (summed loss, number of terms); default: the model's own loss.
             micro_batch: so many rows at a time; None: the whole batch, or one row where the loss is a mean over rows.
 
         Raises:
             LoraInitError: a batch that the model refuses or that has no labels, positions that cannot be told apart.
             NonFiniteError: NaN or infinity in an input or a gradient.
+            MemoryError: memory ran out in another process that runs the same passes.
         """
-        self._batch += 1
-        size = 1 if self.request.loss == "sequence_mean" else micro_batch
-        for part in [batch] if size is None else split_rows(batch, size):
-            self._row, self._rows = self._row + self._rows, count_rows(part)
-            self._masks = position_masks(self.model, part, self.request.mask)
+        self._passes = passes or Passes()
+        for part, counts in self._passes.each(self._parts(batches, micro_batch)):
             self._calls.clear()
             self._known.clear()
-            # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
-            whole = size is None or self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
-            if self.request.needs_gradients and (whole or count_terms(self.model, part) != 0):
+            self._counts = counts or _NOTHING
+            # in step with others, this one runs a backward where they do
+            if self.request.needs_gradients and (self._counts.gradients or self._passes.in_step):
                 self._forward_backward(part, loss_function)
             else:
-                with torch.no_grad(), contextlib.suppress(_LastLayerSeen):
+                with torch.no_grad(), contextlib.suppress(_LastLayerSeen), self._passes.one():
                     forward(self.model, part)
             self._calls_at_first = self._calls_at_first or self._calls.copy()
             for statistics in self.statistics.values():
-                statistics.sequences += self._rows
+                statistics.sequences += self._counts.rows
+            self._row += self._counts.rows
             self._inputs.clear()
-        self._check_finite()
+
+    def _parts(self, batches: Iterable[Any], micro_batch: int | None) -> Iterator[Part[_Counts]]:
+        """Yield the batches in parts that run at a time; raise if one that has run was not finite."""
+        size = 1 if self.request.loss == "sequence_mean" else micro_batch
+        for batch in batches:
+            self._batch += 1
+            # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
+            whole = size is None or self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
+            for part in [batch] if size is None else split_rows(batch, size):
+                masks = position_masks(self.model, part, self.request.mask)
+                gradients = self.request.needs_gradients and (whole or count_terms(self.model, part) != 0)
+                yield part, _Counts(count_rows(part), masks, gradients)
+            self._check_finite()
 
     def finish(self) -> dict[str, LayerStatistics]:
         """Complete the sums and hand them over.
@@ -150,42 +199,59 @@ class Watch:
                     raise NonFiniteError(f"layer '{name}': the sum {stream} overflows")
         return found
 
-    def _forward_backward(self, batch: Any, loss_function: LossFunction) -> None:
+    def _forward_backward(self, batch: Any, loss_function: LossFunction | None) -> None:
         with torch.enable_grad():
-            loss, terms = loss_function(self.model, batch)
+            loss, terms = self._loss(batch) if loss_function is None else loss_function(self.model, batch)
         self._inputs.clear()  # from here on an input lives as long as the graph needs it
-        if not torch.isfinite(loss):
+        if self._counts.gradients and terms == 0:
+            raise LoraInitError(f"a calibration batch ({describe(batch)}) has no label that counts: all are -100")
+        if self._counts.gradients and not torch.isfinite(loss):
             raise NonFiniteError(f"batch {self._batch}: the loss is {float(loss)}")
         if not loss.requires_grad:
             raise LoraInitError("the loss does not depend on any layer that is to be started")
+        self._passes.meet()
         self._in_backward = True
         try:
-            (loss / terms if self.request.loss == "sequence_mean" else loss).backward()
+            with self._passes.one():
+                (loss / terms if self.request.loss == "sequence_mean" else loss).backward()
         finally:
             self._in_backward = False
         for statistics in self.statistics.values():
-            statistics.labels += terms
+            statistics.labels += terms if self._counts.gradients else 0
+
+    def _loss(self, batch: Any) -> tuple[Tensor, int]:
+        """Return the model's own summed loss, and the number of its terms."""
+        with self._passes.one():
+            output = forward(self.model, batch)
+        return loss_in(output, self.model, batch)
 
     def _hook(self, site: LoraSite) -> Any:
         streams = self._streams[site.name]
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            seen = self._seen(site, inputs[0])
-            if not self._in_backward:  # a checkpointed block runs again there: its inputs are counted already
-                self._add_input(site, seen, inputs[0])
-                self._calls[site.name] += 1
-                if self._is_last_call():
-                    raise _LastLayerSeen
+            counts = self._counts is not _NOTHING
+            seen = self._passes.attempt(self._see, site, inputs[0]) if counts else None
+            if self._is_last_call():
+                raise _LastLayerSeen
             if not (self.request.needs_gradients and torch.is_grad_enabled()):
                 return None
             # where nothing upstream needs a gradient the graph begins here; a clone, so that what follows may work in
             # place on it
             result = output if output.requires_grad else output.detach().requires_grad_().clone()
             keep = seen if streams & WEIGHT_GRADIENT_STREAMS else None
-            result.register_hook(lambda gradient: self._add_gradient(site, keep, gradient))
+            if self._counts.gradients:
+                result.register_hook(lambda gradient: self._passes.attempt(self._add_gradient, site, keep, gradient))
             return result
 
         return hook
+
+    def _see(self, site: LoraSite, x: Tensor) -> _Input:
+        """Add an input that a layer gets, and return it."""
+        seen = self._seen(site, x)
+        if not self._in_backward:  # a checkpointed block runs again there: its inputs are counted already
+            self._add_input(site, seen, x)
+            self._calls[site.name] += 1
+        return seen
 
     def _seen(self, site: LoraSite, x: Tensor) -> _Input:
         """Return what is known about an input: the very object, if another layer has got the same tensor."""
@@ -202,8 +268,10 @@ class Watch:
         Layers that did not run at all in the first batch (an expert without tokens) may run later in this one: then the
         pass is never cut.
         """
+        if self.request.needs_gradients or self._passes.in_step:
+            return False
         first = self._calls_at_first
-        return not self.request.needs_gradients and len(first) == len(self.sites) and self._calls == first
+        return len(first) == len(self.sites) and self._calls == first
 
     def _add_input(self, site: LoraSite, seen: _Input, x: Tensor) -> None:
         """Add a layer's input to its sums, or take over its leader's: the first layer that got the very same tensor."""
@@ -219,7 +287,7 @@ class Watch:
                 setattr(statistics, stream, getattr(self.statistics[leader], stream))
             return
         self._inputs[site.name] = seen
-        rows = counted(site, input_positions(site, x.detach()), x, self._masks).to(self.request.dtype)
+        rows = counted(site, input_positions(site, x.detach()), x, self._counts.masks).to(self.request.dtype)
         self._sizes.append((site.name, "its inputs", rows.sum()))
         test = self._test("in", site) if "input_sketch" in streams else None
         add_inputs(statistics, rows, streams, test, self.store)
@@ -237,13 +305,13 @@ class Watch:
         every = output_positions(site, gradient).to(dtype)
         self._sizes.append((site.name, "its output gradient", every.sum()))
         if streams & {"output_gradient_squares", "output_gradient_second_moment"}:
-            add_output_gradients(statistics, counted(site, every, gradient, self._masks), streams, self.store)
+            add_output_gradients(statistics, counted(site, every, gradient, self._counts.masks), streams, self.store)
         if seen is None:
             return
         options: dict[str, Any] = {}
         if "odd_weight_gradient" in streams:
-            odd = (torch.arange(self._rows, device=every.device) + self._row) % 2 == 1
-            options["odd"] = odd.repeat_interleave(every.shape[0] // self._rows)
+            odd = (torch.arange(self._counts.rows, device=every.device) + self._row) % 2 == 1
+            options["odd"] = odd.repeat_interleave(every.shape[0] // self._counts.rows)
         if "gradient_range" in streams:
             options["projected"] = seen.projected(self._test("in", site))
             options["test_out"] = self._test("out", site)
