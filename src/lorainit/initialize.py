@@ -42,6 +42,7 @@ from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
 from .solving import Known, each_layer
 from .statistics.batches import iterate
+from .statistics.place import Offload, Place
 
 
 def initialize(
@@ -56,7 +57,7 @@ def initialize(
     memory_budget: int | str | None = None,
     ranks: Rule | RankRule = "fixed",
     micro_batch: int | None = None,
-    offload: bool = False,
+    offload: Offload = False,
     cache: str | os.PathLike[str] | None = None,
     proxy_data: Iterable[Any] | None = None,
     on_unsupported: Literal["error", "default"] = "error",
@@ -89,7 +90,8 @@ def initialize(
             a layer that gets rank 0 loses its adapter. Only for methods whose start is a list of components.
         micro_batch: rows of a batch that run at a time while statistics are collected: less memory for activations, the
             same statistics (the loss of a batch must be a mean over its terms, as in Transformers' models).
-        offload: keep statistics in CPU memory while the model runs on an accelerator.
+        offload: keep statistics in CPU memory while the model runs on an accelerator; or in memory-mapped files of this
+            folder (on a disk, not a tmpfs), which nothing is left of afterwards.
         cache: where statistics are saved, and found again when the model, the data and what is needed are the same: a
             folder; or a file (``.safetensors``), which may stand in for ``data``. A damaged file, or one of another
             model or other data, is an error. The report's ``details`` name the file. Not with ``memory_budget``.
@@ -140,7 +142,7 @@ def initialize(
                 memory_budget=parse_bytes(memory_budget),
                 ranks=ranks,
                 micro_batch=micro_batch,
-                offload=offload,
+                place=Place.of(offload),
                 cache=cache,
                 proxy_data=proxy_data,
                 skip=on_unsupported,
@@ -165,7 +167,7 @@ class _Call:
     memory_budget: int | None
     ranks: Rule | RankRule
     micro_batch: int | None
-    offload: bool
+    place: Place
     cache: str | os.PathLike[str] | None
     proxy_data: Iterable[Any] | None
     skip: Literal["error", "default"]
@@ -279,7 +281,7 @@ def _start(call: _Call, sites: list[LoraSite], undo: Undo) -> _Started:
         call.proxy_data,
         memory_budget=call.memory_budget,
         micro_batch=call.micro_batch,
-        offload=call.offload,
+        place=call.place,
         cache=call.cache,
         saved=details,
         remarks=remarks,

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -16,6 +15,7 @@ from ..processes import ALONE, Processes
 from ..sites import LoraSite
 from .batches import LossFunction, iterate, summed_loss
 from .layer import LayerStatistics
+from .place import COMPUTED, Place
 from .request import Request, Sketch
 from .shards import add_up
 from .watch import Watch
@@ -35,7 +35,7 @@ def collect(
     max_batches: int | None = None,
     memory_budget: int | None = None,
     micro_batch: int | None = None,
-    offload: bool = False,
+    place: Place = COMPUTED,
     loss_function: LossFunction | None = None,
     processes: Processes = ALONE,
     progress: bool = True,
@@ -53,7 +53,7 @@ def collect(
         max_batches: stop after so many.
         memory_budget: bytes that the sums may take at a time; layers go in groups that fit.
         micro_batch: rows that run at a time: less memory for activations, the same sums.
-        offload: keep the sums in CPU memory while the model runs on an accelerator.
+        place: where the sums live.
         loss_function: (model, batch) -> (summed loss, number of terms); default `summed_loss`.
         processes: those whose data are shards of one whole: the sums are over all of them, the same in each. One that
             has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all.
@@ -66,7 +66,7 @@ def collect(
     """
     found: dict[str, LayerStatistics] = {}
     options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget}
-    options |= {"micro_batch": micro_batch, "offload": offload, "loss_function": loss_function, "progress": progress}
+    options |= {"micro_batch": micro_batch, "place": place, "loss_function": loss_function, "progress": progress}
     options |= {"processes": processes}
     for _, statistics in collect_groups(model, sites, data, request, **options):
         found |= statistics
@@ -82,7 +82,7 @@ def collect_groups(
     max_batches: int | None = None,
     memory_budget: int | None = None,
     micro_batch: int | None = None,
-    offload: bool = False,
+    place: Place = COMPUTED,
     loss_function: LossFunction | None = None,
     processes: Processes = ALONE,
     workspace: Workspace = lambda site: 0,
@@ -103,7 +103,7 @@ def collect_groups(
         max_batches: see there.
         memory_budget: see there; what the work on a layer takes comes out of it, too.
         micro_batch: see there.
-        offload: see there.
+        place: see there.
         loss_function: see there.
         processes: see there.
         workspace: bytes that the work on a layer takes beside the sums.
@@ -113,12 +113,11 @@ def collect_groups(
     if micro_batch is not None and micro_batch < 1:
         raise LoraInitError(f"micro_batch must be ≥ 1 or None, got {micro_batch}")
     pending = _groups(list(sites), request, memory_budget, workspace)
-    store = torch.device("cpu") if offload else None
     once = isinstance(data, Iterator) and len(pending) == 1
     batches = list(data) if isinstance(data, Iterator) and not once else data
     while pending:
         group = pending.pop(0)
-        watch = Watch(model, group, request, store=store)
+        watch = Watch(model, group, request, place=place)
         fits = _run(watch, batches, max_batches, micro_batch, loss_function or summed_loss, processes, progress)
         if not all(processes.exchange(fits)):
             del watch
@@ -133,7 +132,7 @@ def collect_groups(
             if remarks is not None:
                 remarks.append(f"memory ran out on a group of {len(group)} layers: it was split and the data run again")
             continue
-        add_up(watch.statistics, processes, {site.name: store or site.device for site in group})
+        add_up(watch.statistics, processes, {site.name: site.device for site in group}, place)
         found = watch.finish()
         yield group, found
         del found, watch

@@ -16,6 +16,7 @@ from ..sites import LoraSite
 from .batches import describe, forward, iterate, position_masks
 from .collect import base_only
 from .layer import LayerStatistics
+from .place import COMPUTED, Place
 from .positions import counted, input_positions
 from .request import Request
 from .shards import add_up
@@ -28,6 +29,7 @@ def collect_pairs(
     proxy_data: Iterable[Any],
     request: Request,
     *,
+    place: Place = COMPUTED,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -41,6 +43,7 @@ def collect_pairs(
         data: batches as the model takes them: x_f.
         proxy_data: the batches that they are paired with, each of the same shape: x_p.
         request: for its mask, dtype and number of samples.
+        place: where the sums live.
         processes: those whose pairs are shards of one whole, as in `lorainit.statistics.collect.collect`.
         progress: show a progress bar.
 
@@ -66,10 +69,10 @@ def collect_pairs(
                         f"{y.shape[0]} in its pair ({describe(proxy)})"
                     )
                 sums.tokens += y.shape[0]
-                sums.add("input_sum", y.sum(0))
-                sums.add_product("input_second_moment", y.mT, y)
-                sums.add_product("cross_second_moment", y.mT, x)
-    add_up(found, processes, {site.name: site.device for site in sites})
+                sums.add("input_sum", y.sum(0), place)
+                sums.add_product("input_second_moment", y.mT, y, place)
+                sums.add_product("cross_second_moment", y.mT, x, place)
+    add_up(found, processes, {site.name: site.device for site in sites}, place)
     return found
 
 

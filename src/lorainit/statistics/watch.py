@@ -22,6 +22,7 @@ from .batches import NO_BATCH, LossFunction, count_rows, count_terms, forward, p
 from .inputs import add_inputs
 from .layer import LayerStatistics
 from .output_gradients import add_output_gradients
+from .place import COMPUTED, Place
 from .positions import counted, geometry, input_positions, output_positions
 from .request import INPUT_STREAMS, WEIGHT_GRADIENT_STREAMS, Request
 from .second_moment import mirror
@@ -62,10 +63,8 @@ class Watch:
         statistics: the sums by layer name; complete after `finish`.
     """
 
-    def __init__(
-        self, model: nn.Module, sites: list[LoraSite], request: Request, *, store: torch.device | None = None
-    ) -> None:
-        self.model, self.sites, self.request, self.store = model, sites, request, store
+    def __init__(self, model: nn.Module, sites: list[LoraSite], request: Request, *, place: Place = COMPUTED) -> None:
+        self.model, self.sites, self.request, self.place = model, sites, request, place
         seed = request.sketch.seed if request.sketch else 0
         self.statistics = {site.name: LayerStatistics(sketch_seed=seed) for site in sites}
         self._streams = {site.name: request.streams_of(site) for site in sites}
@@ -222,7 +221,7 @@ class Watch:
         rows = counted(site, input_positions(site, x.detach()), x, self._masks).to(self.request.dtype)
         self._sizes.append((site.name, "its inputs", rows.sum()))
         test = self._test("in", site) if "input_sketch" in streams else None
-        add_inputs(statistics, rows, streams, test, self.store)
+        add_inputs(statistics, rows, streams, test, self.place)
 
     def _can_lead(self, name: str, site: LoraSite) -> bool:
         """Say whether a layer collects what another one with the same input needs: the same streams and sketch."""
@@ -237,7 +236,7 @@ class Watch:
         every = output_positions(site, gradient).to(dtype)
         self._sizes.append((site.name, "its output gradient", every.sum()))
         if streams & {"output_gradient_squares", "output_gradient_second_moment"}:
-            add_output_gradients(statistics, counted(site, every, gradient, self._masks), streams, self.store)
+            add_output_gradients(statistics, counted(site, every, gradient, self._masks), streams, self.place)
         if seen is None:
             return
         options: dict[str, Any] = {}
@@ -247,7 +246,7 @@ class Watch:
         if "gradient_range" in streams:
             options["projected"] = seen.projected(self._test("in", site))
             options["test_out"] = self._test("out", site)
-        add_weight_gradient(statistics, every, seen.rows(), streams, device=self.store, **options)
+        add_weight_gradient(statistics, every, seen.rows(), streams, place=self.place, **options)
 
     def _test(self, side: Any, site: LoraSite) -> Tensor:
         """Return the test matrix of a layer's inputs, or of its outputs."""
