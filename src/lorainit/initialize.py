@@ -96,9 +96,9 @@ def initialize(
             folder; or a file (``.safetensors``), which may stand in for ``data``. A damaged file, or one of another
             model or other data, is an error. The report's ``details`` name the file. Not with ``memory_budget``.
         proxy_data: batches like those of pre-training, for the constraints of `CNTLoRA` that compare with such.
-        on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
-            out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
-            a warning and a row in the report.
+        on_unsupported: what to do with a layer that the method cannot start (an embedding, r > min(in, out), ...):
+            ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with a warning and
+            a row in the report.
         match_lr: express the start at another scale (A/ρ, B/ρ, ρ²s: the same function and subspaces), so that the
             learning rate that suits vanilla LoRA suits it: at any rate of Adam or AdamW its first update is as large
             as vanilla's (or smaller, if it was). ρ stands in the report; the limits in `lorainit.rescale`.
@@ -427,8 +427,12 @@ def _check_startable(
 
 def _not_for_experts(method: Method, rule: RankRule, match_lr: bool) -> str | None:
     """Return why expert parameters cannot be started like this; None if they can."""
-    if method.info.needs_data or method.request is not None:
-        return f"{method.info.name} needs to know what each expert sees, and experts in one module cannot be watched"
+    if isinstance(method, TrainedMethod):
+        return f"{method.info.name} trains whole layers, and does not know the experts in one"
+    if method.comparison == "pairs":
+        return f"{method.info.name} compares pairs of positions, and a router sends them to different experts"
+    if method.request is not None and method.request.mask == "labels":
+        return f"{method.info.name} with mask='labels' asks which positions are scored, which an expert does not see"
     if rule.rule != "fixed":
         return f"ranks={rule.rule!r} does not share out the rank of expert parameters"
     return "match_lr does not go with expert parameters" if match_lr else None

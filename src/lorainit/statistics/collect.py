@@ -91,6 +91,8 @@ def collect_groups(
 ) -> Iterator[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
     """Yield the groups of sites that fit the budget, each with its sums, as `collect` does.
 
+    The experts of a stack stay in one group; their sums come by their names.
+
     The next group is only collected when it is asked for: drop the sums of one before that, and no more than the budget
     is ever held. A group on which memory runs out all the same is split, and the data run again. Beside the arguments
     of `collect`:
@@ -117,7 +119,8 @@ def collect_groups(
     batches = list(data) if isinstance(data, Iterator) and not once else data
     while pending:
         group = pending.pop(0)
-        watch = Watch(model, group, request, place=place)
+        parts = [part for site in group for part in site.members]
+        watch = Watch(model, parts, request, place=place)
         fits = _run(watch, batches, max_batches, micro_batch, loss_function or summed_loss, processes, progress)
         if not all(processes.exchange(fits)):
             del watch
@@ -132,7 +135,7 @@ def collect_groups(
             if remarks is not None:
                 remarks.append(f"memory ran out on a group of {len(group)} layers: it was split and the data run again")
             continue
-        add_up(watch.statistics, processes, {site.name: site.device for site in group}, place)
+        add_up(watch.statistics, processes, {part.name: part.device for part in parts}, place)
         found = watch.finish()
         yield group, found
         del found, watch

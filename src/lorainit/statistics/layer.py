@@ -39,7 +39,7 @@ class LayerStatistics:
     layer's output at the same position; a convolution's x is the unfolded patch.
 
     Attributes:
-        sequences: rows of the data that reached the layer (n).
+        sequences: rows of the data (n); of an expert those as well that sent it no token.
         tokens: positions that count: padding never does (M).
         labels: label terms of the loss, 0 without labels (M_lab).
         input_second_moment: Σ x xᵀ.

@@ -16,9 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraInitError, NonFiniteError
+from ..experts import Expert
 from ..sites import LoraSite
 from ..sketches import test_matrix
-from .batches import NO_BATCH, LossFunction, count_rows, count_terms, forward, position_masks, split_rows
+from .batches import (
+    NO_BATCH,
+    LossFunction,
+    count_rows,
+    count_terms,
+    forward,
+    position_masks,
+    split_rows,
+    without_padding,
+)
+from .expert_calls import eager_experts, telling
 from .inputs import add_inputs
 from .layer import LayerStatistics
 from .output_gradients import add_output_gradients
@@ -69,7 +80,9 @@ class Watch:
         self.statistics = {site.name: LayerStatistics(sketch_seed=seed) for site in sites}
         self._streams = {site.name: request.streams_of(site) for site in sites}
         self._tests: dict[tuple[Any, ...], Tensor] = {}
-        self._handles: list[Any] = []
+        self._experts = [site for site in sites if isinstance(site, Expert)]
+        self._routed = any(expert.is_routed for expert in self._experts)
+        self._attached = contextlib.ExitStack()
         self._leader: dict[str, str] = {}
         self._inputs: dict[str, _Input] = {}
         self._known: dict[int, weakref.ref[_Input]] = {}
@@ -81,15 +94,18 @@ class Watch:
         self._in_backward = False
 
     def __enter__(self) -> Watch:
-        """Attach the hooks."""
+        """Attach the hooks, and listen for what the experts compute."""
         for site in self.sites:
-            self._handles.append(site.base_layer.register_forward_hook(self._hook(site)))
+            if not isinstance(site, Expert):
+                self._attached.callback(site.base_layer.register_forward_hook(self._hook(site)).remove)
+        if self._experts:
+            self._attached.enter_context(eager_experts(self._experts))
+            self._attached.enter_context(telling(self._experts, self._observe))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Remove them."""
-        for handle in self._handles:
-            handle.remove()
+        self._attached.close()
 
     def run(self, batch: Any, loss_function: LossFunction, micro_batch: int | None = None) -> None:
         """Add one batch to the sums.
@@ -97,21 +113,21 @@ class Watch:
         Args:
             batch: as the model takes it.
             loss_function: (model, batch) -> (summed loss, number of terms).
-            micro_batch: so many rows at a time; None: the whole batch, or one row where the loss is a mean over rows.
+            micro_batch: so many rows at a time; None: the whole batch. One row where the loss is a mean over rows, or
+                where it has to be known which row, or which padding, a token that an expert sees comes from.
 
         Raises:
             LoraInitError: a batch that the model refuses or that has no labels, positions that cannot be told apart.
             NonFiniteError: NaN or infinity in an input or a gradient.
         """
         self._batch += 1
-        size = 1 if self.request.loss == "sequence_mean" else micro_batch
-        for part in [batch] if size is None else split_rows(batch, size):
+        for part in self._parts(batch, micro_batch):
             self._row, self._rows = self._row + self._rows, count_rows(part)
             self._masks = position_masks(self.model, part, self.request.mask)
             self._calls.clear()
             self._known.clear()
             # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
-            whole = size is None or self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
+            whole = self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
             if self.request.needs_gradients and (whole or count_terms(self.model, part) != 0):
                 self._forward_backward(part, loss_function)
             else:
@@ -123,6 +139,15 @@ class Watch:
             self._inputs.clear()
         self._check_finite()
 
+    def _parts(self, batch: Any, micro_batch: int | None) -> list[Any]:
+        """Return what runs at a time."""
+        masks = position_masks(self.model, batch, "attention") if self._routed else {}
+        padded = "input" in masks and not bool(masks["input"].all())
+        by_row = self._routed and "odd_weight_gradient" in self.request.streams
+        size = 1 if padded or by_row or self.request.loss == "sequence_mean" else micro_batch
+        parts = [batch] if size is None else split_rows(batch, size)
+        return [without_padding(part) for part in parts] if padded else parts
+
     def finish(self) -> dict[str, LayerStatistics]:
         """Complete the sums and hand them over.
 
@@ -133,9 +158,11 @@ class Watch:
         found, self.statistics = self.statistics, {}
         if not any(statistics.sequences for statistics in found.values()):
             raise LoraInitError(NO_BATCH)
-        unseen = [name for name, statistics in found.items() if statistics.tokens == 0]
-        if unseen:
-            raise LoraInitError(f"layer '{unseen[0]}' saw no token of the calibration data ({len(unseen)} such layers)")
+        if unseen := self._unseen(found):
+            kernel = " (or its experts run in a kernel that is not torch's)" if self._routed else ""
+            raise LoraInitError(
+                f"layer '{unseen[0]}' saw no token of the calibration data{kernel} ({len(unseen)} such layers)"
+            )
         done: set[int] = set()
         for name, statistics in found.items():
             for stream in sorted(self._streams[name]):
@@ -148,6 +175,11 @@ class Watch:
                 if not bool(torch.isfinite(value.sum())):
                     raise NonFiniteError(f"layer '{name}': the sum {stream} overflows")
         return found
+
+    def _unseen(self, found: dict[str, LayerStatistics]) -> list[str]:
+        """Return the layers that saw no token; an expert may have seen none if another one of its stack has."""
+        seen = {id(site.layer) for site in self.sites if found[site.name].tokens}
+        return [site.name for site in self.sites if id(site.layer) not in seen]
 
     def _forward_backward(self, batch: Any, loss_function: LossFunction) -> None:
         with torch.enable_grad():
@@ -166,25 +198,27 @@ class Watch:
             statistics.labels += terms
 
     def _hook(self, site: LoraSite) -> Any:
-        streams = self._streams[site.name]
-
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            seen = self._seen(site, inputs[0])
-            if not self._in_backward:  # a checkpointed block runs again there: its inputs are counted already
-                self._add_input(site, seen, inputs[0])
-                self._calls[site.name] += 1
-                if self._is_last_call():
-                    raise _LastLayerSeen
-            if not (self.request.needs_gradients and torch.is_grad_enabled()):
-                return None
-            # where nothing upstream needs a gradient the graph begins here; a clone, so that what follows may work in
-            # place on it
-            result = output if output.requires_grad else output.detach().requires_grad_().clone()
-            keep = seen if streams & WEIGHT_GRADIENT_STREAMS else None
-            result.register_hook(lambda gradient: self._add_gradient(site, keep, gradient))
-            return result
+            return self._observe(site, inputs[0], output)
 
         return hook
+
+    def _observe(self, site: LoraSite, x: Tensor, output: Tensor) -> Tensor | None:
+        """Add a layer's input to its sums; return the output with a hook for its gradient, if that is asked for."""
+        seen = self._seen(site, x)
+        if not self._in_backward:  # a checkpointed block runs again there: its inputs are counted already
+            self._add_input(site, seen, x)
+            self._calls[site.name] += 1
+            if self._is_last_call():
+                raise _LastLayerSeen
+        if not (self.request.needs_gradients and torch.is_grad_enabled()):
+            return None
+        # where nothing upstream needs a gradient the graph begins here; a clone, so that what follows may work in
+        # place on it
+        result = output if output.requires_grad else output.detach().requires_grad_().clone()
+        keep = seen if self._streams[site.name] & WEIGHT_GRADIENT_STREAMS else None
+        result.register_hook(lambda gradient: self._add_gradient(site, keep, gradient))
+        return result
 
     def _seen(self, site: LoraSite, x: Tensor) -> _Input:
         """Return what is known about an input: the very object, if another layer has got the same tensor."""
