@@ -103,6 +103,15 @@ def test_a_model_in_ddp_is_started_with_unequal_shards(seen, method) -> None:
         assert_same_start(each["wrapped"][method], expected, 1e-4)
 
 
+@pytest.mark.parametrize("method", ["eva", "lora-da"])
+def test_experts_see_the_tokens_of_all_processes(seen, method) -> None:
+    expected = workers.experts(0, 1)[method]
+    for each in seen:
+        for factor, first, wanted in zip(each["experts"][method], seen[0]["experts"][method], expected, strict=True):
+            assert torch.equal(factor, first)
+            torch.testing.assert_close(factor, wanted, rtol=0, atol=1e-3 * max(1e-12, float(wanted.abs().max())))
+
+
 def test_saved_statistics_serve_all_processes(seen) -> None:
     for each in seen:
         found = each["cached"]

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import cases
 import lorainit
 from cases import CONV, LLAMA
+from lorainit.experts import find_experts
 from lorainit.statistics.watch import Watch
 
 WORLD = 3
@@ -346,6 +347,18 @@ def wrapped(rank: int) -> dict[str, Any]:
     return found
 
 
+def experts(rank: int, size: int) -> dict[str, list[torch.Tensor]]:
+    """What stacks of experts come to, some of which no token of this process, or of any, is sent to."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for method in ("eva", "lora-da"):
+        model = cases.with_experts(cases.mixtral(8).double(), r=1)
+        few = [{name: value[:1, :2] for name, value in batch.items()} for batch in whole()]
+        cases.start(model, method, data=few[rank::size])
+        stacks = find_experts(model, "default")[0]
+        found[method] = [factor.clone() for stack in stacks for factor in stack.factors()]
+    return found
+
+
 def cached(rank: int, folder: Path) -> dict[str, Any]:
     """What saved statistics come to: collected, found again, found for another method, as a file without data."""
     found: dict[str, Any] = {}
@@ -378,6 +391,7 @@ def work(rank: int, folder: Path) -> None:
         if rank == 2:  # noqa: PLR2004
             found["alone"] = started("eva", 0, 1, process_group=None)
         found["wrapped"] = wrapped(rank)
+        found["experts"] = experts(rank, WORLD)
         found["cached"] = cached(rank, folder)
         found["errors"] = errors(rank, folder)
         found["still works"] = started("eva", rank, 3)

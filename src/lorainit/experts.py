@@ -33,6 +33,16 @@ class Expert(LoraSite):
 
     index: int = dataclasses.field(kw_only=True)
 
+    @property
+    def experts(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether there are others beside it that a token may be sent to."""
+        return self.layer.num_experts > 1  # pyright: ignore[reportAttributeAccessIssue]
+
     def stored_weight(self) -> Float[Tensor, "out in"]:
         """Return a view of the expert's weight as out×in."""
         return _stack(self.layer)[self.index]
@@ -48,7 +58,7 @@ class Experts(LoraSite):
     """An adapter on a stack of weights. Its ``shape`` and rank are those of one expert."""
 
     @property
-    def members(self) -> list[Expert]:
+    def members(self) -> Sequence[Expert]:
         """The experts, named ``layer.parameter[index]``."""
         name = pattern_name(self.name, self.layer)
         return [Expert(f"{name}[{i}]", self.layer, self.adapter, "linear", index=i) for i in range(self.experts)]

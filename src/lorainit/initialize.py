@@ -42,6 +42,7 @@ from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
 from .solving import Known, each_layer
 from .statistics.batches import iterate
+from .statistics.place import Offload, Place
 
 
 def initialize(
@@ -56,7 +57,7 @@ def initialize(
     memory_budget: int | str | None = None,
     ranks: Rule | RankRule = "fixed",
     micro_batch: int | None = None,
-    offload: bool = False,
+    offload: Offload = False,
     cache: str | os.PathLike[str] | None = None,
     proxy_data: Iterable[Any] | None = None,
     on_unsupported: Literal["error", "default"] = "error",
@@ -89,14 +90,15 @@ def initialize(
             a layer that gets rank 0 loses its adapter. Only for methods whose start is a list of components.
         micro_batch: rows of a batch that run at a time while statistics are collected: less memory for activations, the
             same statistics (the loss of a batch must be a mean over its terms, as in Transformers' models).
-        offload: keep statistics in CPU memory while the model runs on an accelerator.
+        offload: keep statistics in CPU memory while the model runs on an accelerator; or in memory-mapped files of this
+            folder (on a disk, not a tmpfs), which nothing is left of afterwards.
         cache: where statistics are saved, and found again when the model, the data and what is needed are the same: a
             folder; or a file (``.safetensors``), which may stand in for ``data``. A damaged file, or one of another
             model or other data, is an error. The report's ``details`` name the file. Not with ``memory_budget``.
         proxy_data: batches like those of pre-training, for the constraints of `CNTLoRA` that compare with such.
-        on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
-            out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
-            a warning and a row in the report.
+        on_unsupported: what to do with a layer that the method cannot start (an embedding, r > min(in, out), ...):
+            ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with a warning and
+            a row in the report.
         match_lr: express the start at another scale (A/ρ, B/ρ, ρ²s: the same function and subspaces), so that the
             learning rate that suits vanilla LoRA suits it: at any rate of Adam or AdamW its first update is as large
             as vanilla's (or smaller, if it was). ρ stands in the report; the limits in `lorainit.rescale`.
@@ -141,7 +143,7 @@ def initialize(
                 memory_budget=parse_bytes(memory_budget),
                 ranks=ranks,
                 micro_batch=micro_batch,
-                offload=offload,
+                place=Place.of(offload),
                 cache=cache,
                 proxy_data=proxy_data,
                 skip=on_unsupported,
@@ -166,7 +168,7 @@ class _Call:
     memory_budget: int | None
     ranks: Rule | RankRule
     micro_batch: int | None
-    offload: bool
+    place: Place
     cache: str | os.PathLike[str] | None
     proxy_data: Iterable[Any] | None
     skip: Literal["error", "default"]
@@ -281,7 +283,7 @@ def _start(call: _Call, sites: list[LoraSite], undo: Undo) -> _Started:
         call.proxy_data,
         memory_budget=call.memory_budget,
         micro_batch=call.micro_batch,
-        offload=call.offload,
+        place=call.place,
         cache=call.cache,
         saved=details,
         remarks=remarks,
@@ -436,8 +438,12 @@ def _check_startable(
 
 def _not_for_experts(method: Method, rule: RankRule, match_lr: bool) -> str | None:
     """Return why expert parameters cannot be started like this; None if they can."""
-    if method.info.needs_data or method.request is not None:
-        return f"{method.info.name} needs to know what each expert sees, and experts in one module cannot be watched"
+    if isinstance(method, TrainedMethod):
+        return f"{method.info.name} trains whole layers, and does not know the experts in one"
+    if method.comparison == "pairs":
+        return f"{method.info.name} compares pairs of positions, and a router sends them to different experts"
+    if method.request is not None and method.request.mask == "labels":
+        return f"{method.info.name} with mask='labels' asks which positions are scored, which an expert does not see"
     if rule.rule != "fixed":
         return f"ranks={rule.rule!r} does not share out the rank of expert parameters"
     return "match_lr does not go with expert parameters" if match_lr else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -83,6 +84,16 @@ class LoraSite:
     def scaling(self) -> float:
         """PEFT's multiplier s of BA: alpha/r, or alpha/√r with rsLoRA."""
         return float(self.layer.scaling[self.adapter])
+
+    @property
+    def members(self) -> Sequence[LoraSite]:
+        """What gets a start of its own: the layer; of expert parameters, every expert."""
+        return [self]
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether it sees the tokens that a router sends it, instead of every position."""
+        return False
 
     @property
     def experts(self) -> int:

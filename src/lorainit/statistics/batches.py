@@ -13,6 +13,7 @@ from ..errors import LoraInitError
 
 MaskKind = Literal["attention", "labels"]
 NO_BATCH = "the calibration data are empty: not a single batch"
+_BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "token_type_ids")
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, int]]
 
 
@@ -50,6 +51,8 @@ def forward(model: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Mapping):
             return model(**batch)
         return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    except LoraInitError:  # what a watch has to say
+        raise
     except (TypeError, ValueError) as error:
         raise LoraInitError(f"the model refuses a calibration batch ({describe(batch)}): {error}") from error
 
@@ -98,6 +101,31 @@ def take_rows(batch: Any, rows: slice) -> Any:
 def split_rows(batch: Any, size: int = 1) -> list[Any]:
     """Return the batch as batches of at most ``size`` rows."""
     return [take_rows(batch, slice(i, i + size)) for i in range(0, count_rows(batch), size)]
+
+
+def without_padding(row: Any) -> Any:
+    """Return a batch of one row without the padding behind its tokens.
+
+    Raises:
+        LoraInitError: there is padding in front of them, or nothing but padding.
+    """
+    mask = named_fields(row)["attention_mask"].bool()
+    length = int(mask.sum())
+    if length == 0 or not bool(mask[:, :length].all()):
+        raise LoraInitError(
+            "experts see tokens that do not say whether they are padding, so padding is cut off, and that is only "
+            f"possible behind the tokens of a row (attention_mask {mask.int().tolist()[0]}); pad on the right, or use "
+            "batches without padding"
+        )
+    return _cut(row, mask.shape[1], length)
+
+
+def _cut(value: Any, full: int, length: int, name: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {key: _cut(item, full, length, str(key)) for key, item in value.items()}
+    by_token = name in _BY_TOKEN and isinstance(value, Tensor) and value.shape[1:2] == (full,)
+    classes = name == "labels" and isinstance(value, Tensor) and value.is_floating_point()
+    return value[:, :length] if by_token and not classes else value
 
 
 def count_terms(model: nn.Module, batch: Any) -> int | None:

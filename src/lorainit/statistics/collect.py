@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -17,6 +16,7 @@ from ..sites import LoraSite
 from .batches import iterate
 from .layer import LayerStatistics
 from .lockstep import passes_of
+from .place import COMPUTED, Place
 from .request import Request, Sketch
 from .shards import add_up
 from .watch import Watch
@@ -36,7 +36,7 @@ def collect(
     max_batches: int | None = None,
     memory_budget: int | None = None,
     micro_batch: int | None = None,
-    offload: bool = False,
+    place: Place = COMPUTED,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -53,7 +53,7 @@ def collect(
         max_batches: stop after so many.
         memory_budget: bytes that the sums may take at a time; layers go in groups that fit.
         micro_batch: rows that run at a time: less memory for activations, the same sums.
-        offload: keep the sums in CPU memory while the model runs on an accelerator.
+        place: where the sums live.
         processes: those whose data are shards of one whole: the sums are over all of them, the same in each. One that
             has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all. Those
             that hold a model together (FSDP2) run their passes in step, see `lorainit.statistics.lockstep`.
@@ -66,7 +66,7 @@ def collect(
     """
     found: dict[str, LayerStatistics] = {}
     options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget}
-    options |= {"micro_batch": micro_batch, "offload": offload, "progress": progress, "processes": processes}
+    options |= {"micro_batch": micro_batch, "place": place, "progress": progress, "processes": processes}
     for _, statistics in collect_groups(model, sites, data, request, **options):
         found |= statistics
     return found
@@ -81,13 +81,15 @@ def collect_groups(
     max_batches: int | None = None,
     memory_budget: int | None = None,
     micro_batch: int | None = None,
-    offload: bool = False,
+    place: Place = COMPUTED,
     processes: Processes = ALONE,
     workspace: Workspace = lambda site: 0,
     remarks: list[str] | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
     """Yield the groups of sites that fit the budget, each with its sums, as `collect` does.
+
+    The experts of a stack stay in one group; their sums come by their names.
 
     The next group is only collected when it is asked for: drop the sums of one before that, and no more than the budget
     is ever held. A group on which memory runs out all the same is split, and the data run again. Beside the arguments
@@ -101,7 +103,7 @@ def collect_groups(
         max_batches: see there.
         memory_budget: see there; what the work on a layer takes comes out of it, too.
         micro_batch: see there.
-        offload: see there.
+        place: see there.
         processes: see there.
         workspace: bytes that the work on a layer takes beside the sums.
         remarks: takes what the user should know.
@@ -110,12 +112,12 @@ def collect_groups(
     if micro_batch is not None and micro_batch < 1:
         raise LoraInitError(f"micro_batch must be ≥ 1 or None, got {micro_batch}")
     pending = _groups(list(sites), request, memory_budget, workspace)
-    store = torch.device("cpu") if offload else None
     once = isinstance(data, Iterator) and len(pending) == 1
     batches = list(data) if isinstance(data, Iterator) and not once else data
     while pending:
         group = pending.pop(0)
-        watch = Watch(model, group, request, store=store)
+        parts = [part for site in group for part in site.members]
+        watch = Watch(model, parts, request, place=place)
         fits = _run(watch, batches, max_batches, micro_batch, processes, progress)
         if not all(processes.exchange(fits)):
             del watch
@@ -130,7 +132,7 @@ def collect_groups(
             if remarks is not None:
                 remarks.append(f"memory ran out on a group of {len(group)} layers: it was split and the data run again")
             continue
-        add_up(watch.statistics, processes, {site.name: store or site.device for site in group})
+        add_up(watch.statistics, processes, {part.name: part.device for part in parts}, place)
         found = watch.finish()
         yield group, found
         del found, watch

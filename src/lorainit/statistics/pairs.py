@@ -17,6 +17,7 @@ from .batches import describe, forward, iterate, position_masks
 from .collect import base_only
 from .layer import LayerStatistics
 from .lockstep import Part, Passes, passes_of
+from .place import COMPUTED, Place
 from .positions import counted, input_positions
 from .request import Request
 from .shards import add_up
@@ -31,6 +32,7 @@ def collect_pairs(
     proxy_data: Iterable[Any],
     request: Request,
     *,
+    place: Place = COMPUTED,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -44,6 +46,7 @@ def collect_pairs(
         data: batches as the model takes them: x_f.
         proxy_data: the batches that they are paired with, each of the same shape: x_p.
         request: for its mask, dtype and number of samples.
+        place: where the sums live.
         processes: those whose pairs are shards of one whole, as in `lorainit.statistics.collect.collect`.
         progress: show a progress bar.
 
@@ -61,8 +64,8 @@ def collect_pairs(
             both = zip(pair, masks or ({}, {}), strict=True)
             seen = [_inputs(model, watched, batch, mask, request, passes) for batch, mask in both]
             if masks is not None:
-                passes.attempt(_add, found, pair, *seen)
-    add_up(found, processes, {site.name: site.device for site in sites})
+                passes.attempt(_add, found, pair, *seen, place)
+    add_up(found, processes, {site.name: site.device for site in sites}, place)
     return found
 
 
@@ -106,6 +109,7 @@ def _add(
     pair: tuple[Any, Any],
     after: dict[str, list[Tensor]],
     before: dict[str, list[Tensor]],
+    place: Place,
 ) -> None:
     """Add the inputs on a batch of the data and on its pair to the sums."""
     for name, sums in found.items():
@@ -119,6 +123,6 @@ def _add(
                 f"{y.shape[0]} in its pair ({describe(pair[1])})"
             )
         sums.tokens += y.shape[0]
-        sums.add("input_sum", y.sum(0))
-        sums.add_product("input_second_moment", y.mT, y)
-        sums.add_product("cross_second_moment", y.mT, x)
+        sums.add("input_sum", y.sum(0), place)
+        sums.add_product("input_second_moment", y.mT, y, place)
+        sums.add_product("cross_second_moment", y.mT, x, place)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraInitError, NonFiniteError
+from ..experts import Expert
 from ..sites import LoraSite
 from ..sketches import test_matrix
 from .batches import (
@@ -29,11 +30,14 @@ from .batches import (
     loss_in,
     position_masks,
     split_rows,
+    without_padding,
 )
+from .expert_calls import eager_experts, telling
 from .inputs import add_inputs
 from .layer import LayerStatistics
 from .lockstep import Part, Passes
 from .output_gradients import add_output_gradients
+from .place import COMPUTED, Place
 from .positions import counted, geometry, input_positions, output_positions
 from .request import INPUT_STREAMS, WEIGHT_GRADIENT_STREAMS, Request
 from .second_moment import mirror
@@ -91,16 +95,16 @@ class Watch:
         statistics: the sums by layer name; complete after `finish`.
     """
 
-    def __init__(
-        self, model: nn.Module, sites: list[LoraSite], request: Request, *, store: torch.device | None = None
-    ) -> None:
-        self.model, self.sites, self.request, self.store = model, sites, request, store
+    def __init__(self, model: nn.Module, sites: list[LoraSite], request: Request, *, place: Place = COMPUTED) -> None:
+        self.model, self.sites, self.request, self.place = model, sites, request, place
         self._passes = Passes()
         seed = request.sketch.seed if request.sketch else 0
         self.statistics = {site.name: LayerStatistics(sketch_seed=seed) for site in sites}
         self._streams = {site.name: request.streams_of(site) for site in sites}
         self._tests: dict[tuple[Any, ...], Tensor] = {}
-        self._handles: list[Any] = []
+        self._experts = [site for site in sites if isinstance(site, Expert)]
+        self._routed = any(expert.is_routed for expert in self._experts)
+        self._attached = contextlib.ExitStack()
         self._leader: dict[str, str] = {}
         self._inputs: dict[str, _Input] = {}
         self._known: dict[int, weakref.ref[_Input]] = {}
@@ -112,15 +116,18 @@ class Watch:
         self._in_backward = False
 
     def __enter__(self) -> Watch:
-        """Attach the hooks."""
+        """Attach the hooks, and listen for what the experts compute."""
         for site in self.sites:
-            self._handles.append(site.base_layer.register_forward_hook(self._hook(site)))
+            if not isinstance(site, Expert):
+                self._attached.callback(site.base_layer.register_forward_hook(self._hook(site)).remove)
+        if self._experts:
+            self._attached.enter_context(eager_experts(self._experts))
+            self._attached.enter_context(telling(self._experts, self._observe))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Remove them."""
-        for handle in self._handles:
-            handle.remove()
+        self._attached.close()
 
     def run(
         self,
@@ -136,7 +143,8 @@ class Watch:
             batches: as the model takes them.
             passes: how the model runs; default: it is all here.
             loss_function: (model, batch) -> (summed loss, number of terms); default: the model's own loss.
-            micro_batch: so many rows at a time; None: the whole batch, or one row where the loss is a mean over rows.
+            micro_batch: so many rows at a time; None: the whole batch. One row where the loss is a mean over rows, or
+                where it has to be known which row, or which padding, a token that an expert sees comes from.
 
         Raises:
             LoraInitError: a batch that the model refuses or that has no labels, positions that cannot be told apart.
@@ -162,16 +170,24 @@ class Watch:
 
     def _parts(self, batches: Iterable[Any], micro_batch: int | None) -> Iterator[Part[_Counts]]:
         """Yield the batches in parts that run at a time; raise if one that has run was not finite."""
-        size = 1 if self.request.loss == "sequence_mean" else micro_batch
         for batch in batches:
             self._batch += 1
             # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
-            whole = size is None or self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
-            for part in [batch] if size is None else split_rows(batch, size):
+            whole = self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
+            for part in self._split(batch, micro_batch):
                 masks = position_masks(self.model, part, self.request.mask)
                 gradients = self.request.needs_gradients and (whole or count_terms(self.model, part) != 0)
                 yield part, _Counts(count_rows(part), masks, gradients)
             self._check_finite()
+
+    def _split(self, batch: Any, micro_batch: int | None) -> list[Any]:
+        """Return the parts of a batch that run at a time."""
+        masks = position_masks(self.model, batch, "attention") if self._routed else {}
+        padded = "input" in masks and not bool(masks["input"].all())
+        by_row = self._routed and "odd_weight_gradient" in self.request.streams
+        size = 1 if padded or by_row or self.request.loss == "sequence_mean" else micro_batch
+        parts = [batch] if size is None else split_rows(batch, size)
+        return [without_padding(part) for part in parts] if padded else parts
 
     def finish(self) -> dict[str, LayerStatistics]:
         """Complete the sums and hand them over.
@@ -183,9 +199,11 @@ class Watch:
         found, self.statistics = self.statistics, {}
         if not any(statistics.sequences for statistics in found.values()):
             raise LoraInitError(NO_BATCH)
-        unseen = [name for name, statistics in found.items() if statistics.tokens == 0]
-        if unseen:
-            raise LoraInitError(f"layer '{unseen[0]}' saw no token of the calibration data ({len(unseen)} such layers)")
+        if unseen := self._unseen(found):
+            kernel = " (or its experts run in a kernel that is not torch's)" if self._routed else ""
+            raise LoraInitError(
+                f"layer '{unseen[0]}' saw no token of the calibration data{kernel} ({len(unseen)} such layers)"
+            )
         done: set[int] = set()
         for name, statistics in found.items():
             for stream in sorted(self._streams[name]):
@@ -198,6 +216,11 @@ class Watch:
                 if not bool(torch.isfinite(value.sum())):
                     raise NonFiniteError(f"layer '{name}': the sum {stream} overflows")
         return found
+
+    def _unseen(self, found: dict[str, LayerStatistics]) -> list[str]:
+        """Return the layers that saw no token; an expert may have seen none if another one of its stack has."""
+        seen = {id(site.layer) for site in self.sites if found[site.name].tokens}
+        return [site.name for site in self.sites if id(site.layer) not in seen]
 
     def _forward_backward(self, batch: Any, loss_function: LossFunction | None) -> None:
         with torch.enable_grad():
@@ -226,24 +249,25 @@ class Watch:
         return loss_in(output, self.model, batch)
 
     def _hook(self, site: LoraSite) -> Any:
-        streams = self._streams[site.name]
-
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            counts = self._counts is not _NOTHING
-            seen = self._passes.attempt(self._see, site, inputs[0]) if counts else None
-            if self._is_last_call():
-                raise _LastLayerSeen
-            if not (self.request.needs_gradients and torch.is_grad_enabled()):
-                return None
-            # where nothing upstream needs a gradient the graph begins here; a clone, so that what follows may work in
-            # place on it
-            result = output if output.requires_grad else output.detach().requires_grad_().clone()
-            keep = seen if streams & WEIGHT_GRADIENT_STREAMS else None
-            if self._counts.gradients:
-                result.register_hook(lambda gradient: self._passes.attempt(self._add_gradient, site, keep, gradient))
-            return result
+            return self._observe(site, inputs[0], output)
 
         return hook
+
+    def _observe(self, site: LoraSite, x: Tensor, output: Tensor) -> Tensor | None:
+        """Add a layer's input to its sums; return the output with a hook for its gradient, if that is asked for."""
+        seen = self._passes.attempt(self._see, site, x) if self._counts is not _NOTHING else None
+        if self._is_last_call():
+            raise _LastLayerSeen
+        if not (self.request.needs_gradients and torch.is_grad_enabled()):
+            return None
+        # where nothing upstream needs a gradient the graph begins here; a clone, so that what follows may work in
+        # place on it
+        result = output if output.requires_grad else output.detach().requires_grad_().clone()
+        keep = seen if self._streams[site.name] & WEIGHT_GRADIENT_STREAMS else None
+        if self._counts.gradients:
+            result.register_hook(lambda gradient: self._passes.attempt(self._add_gradient, site, keep, gradient))
+        return result
 
     def _see(self, site: LoraSite, x: Tensor) -> _Input:
         """Add an input that a layer gets, and return it."""
@@ -290,7 +314,7 @@ class Watch:
         rows = counted(site, input_positions(site, x.detach()), x, self._counts.masks).to(self.request.dtype)
         self._sizes.append((site.name, "its inputs", rows.sum()))
         test = self._test("in", site) if "input_sketch" in streams else None
-        add_inputs(statistics, rows, streams, test, self.store)
+        add_inputs(statistics, rows, streams, test, self.place)
 
     def _can_lead(self, name: str, site: LoraSite) -> bool:
         """Say whether a layer collects what another one with the same input needs: the same streams and sketch."""
@@ -305,7 +329,7 @@ class Watch:
         every = output_positions(site, gradient).to(dtype)
         self._sizes.append((site.name, "its output gradient", every.sum()))
         if streams & {"output_gradient_squares", "output_gradient_second_moment"}:
-            add_output_gradients(statistics, counted(site, every, gradient, self._counts.masks), streams, self.store)
+            add_output_gradients(statistics, counted(site, every, gradient, self._counts.masks), streams, self.place)
         if seen is None:
             return
         options: dict[str, Any] = {}
@@ -315,7 +339,7 @@ class Watch:
         if "gradient_range" in streams:
             options["projected"] = seen.projected(self._test("in", site))
             options["test_out"] = self._test("out", site)
-        add_weight_gradient(statistics, every, seen.rows(), streams, device=self.store, **options)
+        add_weight_gradient(statistics, every, seen.rows(), streams, place=self.place, **options)
 
     def _test(self, side: Any, site: LoraSite) -> Tensor:
         """Return the test matrix of a layer's inputs, or of its outputs."""
