@@ -35,15 +35,23 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             folder.mkdir()
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-            command = [sys.executable, workers.__file__, str(folder)]
-            here = Path(workers.__file__).parent
-            done = subprocess.run(command, env=environment, cwd=here, timeout=SECONDS, capture_output=True, check=False)
-            assert done.returncode == 0, done.stderr.decode()[-3000:]
-    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+            run(workers.__file__, folder)
+    return [each | {"inside": (folder / f"{rank}.txt").read_text()} for rank, each in enumerate(results(folder, WORLD))]
+
+
+def run(script: str, folder: Path, **environment: str) -> None:
+    """Run the processes of a script, which leave in a folder what they have seen."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | environment
+    command, here = [sys.executable, script, str(folder)], Path(script).parent
+    done = subprocess.run(command, env=environment, cwd=here, timeout=SECONDS, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+
+def results(folder: Path, world: int) -> list[dict[str, Any]]:
+    found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
     for each in found:
         assert "traceback" not in each, each["traceback"]
-    return [each | {"inside": (folder / f"{rank}.txt").read_text()} for rank, each in enumerate(found)]
+    return found
 
 
 def alone(name: str, size: int) -> dict[str, Any]:
@@ -250,6 +258,7 @@ def test_an_error_within_a_pass_of_a_sharded_model_ends_the_others_when_its_proc
     [
         ("refused training", "layer 'model.layers.0.self_attn.q_proj' is sharded by FSDP2, where abm cannot train"),
         ("refused ranks", "is sharded by FSDP2, where ranks='budget' cannot give a layer another rank"),
+        ("load", "an adapter in lorainit's offset form that FSDP2 shards has no weight"),
         ("no data", "the calibration data are empty: not a single batch"),
         ("alone", "is sharded over 3 processes, but 1 are to start the model"),
         ("subtract", "base='subtract' cannot edit a Linear"),
@@ -262,8 +271,40 @@ def test_what_a_sharded_model_cannot_have_is_refused_by_name(seen, what, message
         assert message in (each["sharded"] | each["sharded"]["passes"])[what]
 
 
+@pytest.mark.slow
+def test_a_base_that_deepspeed_partitions_is_started_from_its_weights(tmp_path) -> None:
+    """ZeRO-3 for real, in two processes, as Transformers loads a model under it."""
+    pytest.importorskip("deepspeed")
+    import zero3
+
+    run(zero3.__file__, tmp_path, DS_ACCELERATOR="cpu")
+    seen = results(tmp_path, zero3.WORLD)
+    for name, (method, options) in zero3.STARTS.items():
+        model = LLAMA.adapted()
+        expected = outcome(model, cases.start(model, method, **options))
+        for each in seen:
+            assert_same_start(each[name], expected, 1e-5)
+            assert_same_factors(each[name], seen[0][name])
+    model = LLAMA.adapted()
+    cases.start(model, "pissa", base="keep")
+    saved = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    for each in seen:
+        for what, wanted in zero3.REFUSED.items():
+            assert wanted in each["refused"][what][1] or each["refused"][what][0] == wanted, what
+        training = each["in training"]
+        torch.testing.assert_close(training["logits"], cases.logits(model, workers.whole()[0]), rtol=1e-5, atol=1e-5)
+        assert "q_proj' has factors that are partitioned by DeepSpeed ZeRO-3" in training["started again"][1]
+        assert "the adapter is partitioned by DeepSpeed ZeRO-3; save it through" in training["saved"]
+        assert training["offset"].startswith(
+            "LoraInitError: an adapter in lorainit's offset form cannot run under DeepSpeed ZeRO-3"
+        )
+    assert seen[0]["in training"]["checkpoint"].keys() == saved.keys()
+    for name, value in seen[0]["in training"]["checkpoint"].items():
+        torch.testing.assert_close(value, saved[name], rtol=1e-5, atol=1e-6)
+
+
 def test_weights_that_are_not_here_are_refused_by_name() -> None:
-    """Offloaded for real; DeepSpeed is told by the mark that its ZeRO-3 leaves on a parameter, without DeepSpeed."""
+    """Offloaded for real; factors that DeepSpeed ZeRO-3 partitions are told by its mark, without DeepSpeed."""
     offloaded = LLAMA.adapted()
     cpu_offload(offloaded, execution_device=torch.device("cpu"))
     before = {name: type(module) for name, module in offloaded.named_modules()}
@@ -271,9 +312,9 @@ def test_weights_that_are_not_here_are_refused_by_name() -> None:
         cases.start(offloaded, "pissa")
     assert before == {name: type(module) for name, module in offloaded.named_modules()}
     partitioned = LLAMA.adapted()
-    partitioned.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight.ds_id = 3
+    partitioned.base_model.model.model.layers[0].mlp.down_proj.lora_A["default"].weight.ds_id = 3
     snapshot = cases.Snapshot.of(partitioned)
-    with pytest.raises(UnsupportedLayerError, match=r"down_proj' holds a weight that is partitioned by DeepSpeed"):
+    with pytest.raises(UnsupportedLayerError, match=r"down_proj' has factors that are partitioned by DeepSpeed"):
         cases.start(partitioned, "pissa")
     snapshot.assert_unchanged(partitioned)
 

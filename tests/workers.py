@@ -202,7 +202,7 @@ def sharded(rank: int, folder: Path) -> dict[str, Any]:
     batch = whole()[0]
     for method in WEIGHTS_ONLY:
         model = fully_sharded(mesh)
-        before = model(**batch).logits.detach()
+        before = cases.logits(LLAMA.adapted(torch.float64), batch)
         report = cases.start(model, method)
         moved = float((model(**batch).logits - before).detach().abs().max())
         found[method] = outcome(model, report) | {"moved": moved} | trained(model)
@@ -226,6 +226,9 @@ def sharded(rank: int, folder: Path) -> dict[str, Any]:
 def passes(rank: int, folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
     """What is special about passes of a sharded model."""
     found: dict[str, Any] = {}
+    model = fully_sharded(mesh)
+    cases.start(model, "pissa")
+    found["load"] = raised(lambda: model.load_state_dict(model.state_dict()))
     found["one unit"] = started("lora-one", rank, WORLD, fully_sharded(mesh, blocks=False))
     found["no data"] = message(fully_sharded(mesh), "eva", data=[])
     # the first process has two rows, of which one has no label, and the second one has all the others
@@ -331,8 +334,12 @@ def adapter(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def message(model: nn.Module, method: Any, **options: Any) -> str:
+    return raised(lambda: cases.start(model, method, **options))
+
+
+def raised(call: Callable[[], object]) -> str:
     try:
-        cases.start(model, method, **options)
+        call()
     except lorainit.LoraInitError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"

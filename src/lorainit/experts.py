@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from . import offset
+from . import offset, sharding
 from ._typing import Float, Tensor
 from .errors import UnsupportedLayerError
 from .linalg import product_norm
@@ -88,7 +88,9 @@ def find_experts(model: nn.Module, adapter_name: str) -> tuple[list[Experts], di
             raise UnsupportedLayerError(
                 f"layer '{name}' is on the meta device and holds no values; load or materialize the model first"
             )
-        if not offset.can_attach(layer.lora_A[adapter_name]):
+        if sharding.is_spread(parameter):
+            refused[name] = "expert parameters that are spread over processes (FSDP2, ZeRO-3) are not supported"
+        elif not offset.can_attach(layer.lora_A[adapter_name]):
             refused[name] = f"factors of type {type(layer.lora_A[adapter_name]).__name__} are not supported"
         elif parameter.dtype not in _DTYPES or type(parameter) is not nn.Parameter:
             refused[name] = f"expert parameters of type {type(parameter).__name__}, {parameter.dtype} are not supported"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoint, rescale, serving, sharding
+from . import checkpoint, offset, rescale, serving, sharding
 from .apply import Base, Undo, all_or_nothing, check_can_subtract
 from .calibration import (
     Groups,
@@ -248,7 +248,7 @@ def _initialize(call: _Call) -> InitReport:
 
 def _find(call: _Call) -> tuple[list[LoraSite], dict[str, str]]:
     """Return the layers to start, and why others cannot be; raise on what is known to be wrong by now."""
-    sharding.reshard(call.model)
+    sharding.settle(call.model)
     sites, unsupported = find_sites(call.model, call.adapter_name)
     experts, refused = find_experts(call.model, call.adapter_name)
     if reason := _not_for_experts(call.method, call.rule, call.match_lr):
@@ -259,7 +259,7 @@ def _find(call: _Call) -> tuple[list[LoraSite], dict[str, str]]:
     _check_startable(call.model, call.adapter_name, sites, unsupported, call.method, call.skip)
     if call.treatment == "subtract":
         check_can_subtract(call.model, sites)
-    _check_processes(sites, call.method, call.rule, call.processes)
+    _check_processes(sites, call)
     return sites, unsupported
 
 
@@ -345,8 +345,9 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise LoraInitError(f"{name}={value!r} is not one of {list(choices)}")
 
 
-def _check_processes(sites: list[LoraSite], method: Method, rule: RankRule, processes: Processes) -> None:
+def _check_processes(sites: list[LoraSite], call: _Call) -> None:
     """Raise unless the processes can do what the method asks, and hold all of a sharded model."""
+    method, processes = call.method, call.processes
     if processes.size > 1 and method.request is not None and "odd_weight_gradient" in method.request.streams:
         raise LoraInitError(
             f"{method.info.name} with these options compares halves of the data, every second row each, which "
@@ -356,21 +357,39 @@ def _check_processes(sites: list[LoraSite], method: Method, rule: RankRule, proc
     if not sharded:
         return
     weight = sharded[0].base_layer.get_parameter("weight")
-    holders = weight.device_mesh.size()  # pyright: ignore[reportAttributeAccessIssue]
+    holders = sharding.holders(weight)
     if holders != processes.size:
         raise LoraInitError(
             f"layer '{sharded[0].name}': its weight is sharded over {holders} processes, but {processes.size} are to "
             "start the model; all that hold it must call initialize, with their process_group"
         )
+    if sharding.is_partitioned(weight):
+        _check_partitioned(sharded[0], call)
+        return
     refused = f"layer '{sharded[0].name}' is sharded by FSDP2, where"
     if isinstance(method, TrainedMethod):
         raise LoraInitError(
             f"{refused} {method.info.name} cannot train for its start; start the adapter before fully_shard is applied"
         )
-    if rule.rule != "fixed":
+    if call.rule.rule != "fixed":
         raise LoraInitError(
-            f"{refused} ranks={rule.rule!r} cannot give a layer another rank; start the adapter before fully_shard is "
-            "applied"
+            f"{refused} ranks={call.rule.rule!r} cannot give a layer another rank; start the adapter before "
+            "fully_shard is applied"
+        )
+
+
+def _check_partitioned(site: LoraSite, call: _Call) -> None:
+    """Raise unless a start is possible where DeepSpeed ZeRO-3 partitions the weights."""
+    refused = f"layer '{site.name}' is partitioned by DeepSpeed ZeRO-3, where"
+    if call.method.info.needs_data:
+        raise LoraInitError(
+            f"{refused} only starts from the weights are supported, and {call.method.info.name} needs data; start the "
+            "adapter on a base that is loaded without ZeRO-3, save it, and load it here"
+        )
+    reasons = {"offset": offset.NOT_IN_ZERO3, "subtract": "no process holds the weight that it edits"}
+    if reason := reasons.get(call.treatment):
+        raise LoraInitError(
+            f"{refused} base={call.treatment!r} is not supported: {reason}; use base='keep', ZeRO-2 or FSDP2"
         )
 
 

@@ -1,4 +1,4 @@
-"""Tensors that are spread over processes (FSDP2): put together to be computed with, cut to be written."""
+"""Tensors that are spread over processes (FSDP2, ZeRO-3): put together to be computed with, cut to be written."""
 
 from __future__ import annotations
 
@@ -15,6 +15,33 @@ _LATER = "start the adapter before the model is sharded, and load or broadcast i
 def is_sharded(tensor: object) -> bool:
     """Say whether something is a `torch.distributed.tensor.DTensor`."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def is_partitioned(tensor: object) -> bool:
+    """Say whether something is a parameter that DeepSpeed ZeRO-3 partitions: an empty tensor, until it is gathered."""
+    return hasattr(tensor, "ds_id")
+
+
+def is_spread(tensor: object) -> bool:
+    """Say whether the processes hold a parameter together, in either way."""
+    return is_sharded(tensor) or is_partitioned(tensor)
+
+
+def holders(parameter: Any) -> int:
+    """Return how many processes hold a parameter that is spread over them."""
+    if is_partitioned(parameter):
+        return torch.distributed.get_world_size(parameter.ds_process_group)
+    return parameter.device_mesh.size()
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """Return all of a parameter that is spread over processes; each of them must ask for it."""
+    if not is_partitioned(parameter):
+        return whole(parameter.detach())
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -47,29 +74,30 @@ def replicated_like(value: Tensor, reference: Tensor) -> Tensor:
     return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def reshard(model: nn.Module) -> None:
-    """Have the parameters of a model in shards: after a pass FSDP2 leaves those of its root put together."""
-    for module in _fsdp2_modules(model):
-        module.reshard()
+def settle(model: nn.Module) -> None:
+    """Have FSDP2 do what it does at its first pass, and the parameters of the model in shards.
+
+    At that pass it reads the parameters, which an offset adapter no longer shows, and looks which of them are trained:
+    in a pass for a start none is. After a pass it leaves the parameters of its root put together.
+    """
+    for module in _roots(model):
+        module._get_fsdp_state()._lazy_init()
+    _reshard(model)
 
 
 @contextlib.contextmanager
 def running(model: nn.Module) -> Iterator[None]:
     """Run passes of a model that FSDP2 shards, in which nothing is trained; it is sharded again when they are over."""
-    roots = _roots(model)
-    for module in roots:
-        # at its first pass FSDP2 looks which parameters are trained: in ours it would be none
-        module._get_fsdp_state()._lazy_init()
-    reshard(model)
+    settle(model)
     try:
         yield
     except BaseException:
-        for module in roots:
+        for module in _roots(model):
             with contextlib.suppress(AttributeError, RuntimeError):  # torch < 2.13; a connection that is lost
                 module.reset_iter_state()
         raise
     finally:
-        reshard(model)
+        _reshard(model)
 
 
 def wrapping(model: nn.Module) -> Literal["fsdp1", "fsdp2"] | None:
@@ -94,9 +122,7 @@ def obstacle(weight: object, base_layer: nn.Module, wrapped: Literal["fsdp1", "f
     if not isinstance(weight, Tensor):
         return None
     found: str | None = None
-    if hasattr(weight, "ds_id"):
-        found = f"holds a weight that is partitioned by DeepSpeed ZeRO-3; {_LATER}"
-    elif wrapped == "fsdp1":
+    if wrapped == "fsdp1":
         found = f"is sharded by FSDP1 (FullyShardedDataParallel); use FSDP2 (fully_shard), or {_LATER}"
     elif is_sharded(weight):
         placements: Any = weight.placements  # pyright: ignore[reportAttributeAccessIssue]
@@ -107,6 +133,11 @@ def obstacle(weight: object, base_layer: nn.Module, wrapped: Literal["fsdp1", "f
     elif weight.device.type == "meta":
         found = "is on the meta device and holds no values; load or materialize the model first"
     return found
+
+
+def _reshard(model: nn.Module) -> None:
+    for module in _fsdp2_modules(model):
+        module.reshard()
 
 
 def _fsdp2_modules(model: nn.Module) -> list[Any]:

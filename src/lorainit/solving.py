@@ -68,7 +68,9 @@ def each_layer(
     """
     if processes.size == 1:
         for site in sites:
+            site.put_together(keep=True)
             yield _work_on(site, _taken(site, known), work, skip, alone=alone)
+            site.drop_whole()
         return
     shares = _shares(sites, known, processes.size)
     mine = set(shares[processes.rank])
