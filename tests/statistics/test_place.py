@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import sys
 from pathlib import Path
 
@@ -62,6 +64,21 @@ def test_nothing_is_left_where_the_data_fail(tmp_path) -> None:
     before = cases.Snapshot.of(model)
     with pytest.raises(OSError, match="the disk is gone"):
         cases.start(model, "lora-da", data=broken(), offload=tmp_path)
+    before.assert_unchanged(model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_fills_up_is_an_error_and_the_model_is_as_it_was(tmp_path, monkeypatch) -> None:
+    def allocate(descriptor, offset, size):
+        if size > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    model = LLAMA.adapted(torch.float64)
+    before = cases.Snapshot.of(model)
+    request = Request(frozenset(STREAMS), dtype=torch.float64)
+    with pytest.raises(LoraInitError, match=r"a sum of 4,608 bytes cannot be kept there .*No space left"):
+        collect(model, find_sites(model)[0], LLAMA.batches(), request, place=Place.of(tmp_path), progress=False)
     before.assert_unchanged(model)
     assert list(tmp_path.iterdir()) == []
 
