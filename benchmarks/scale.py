@@ -5,7 +5,8 @@
 Blocks of random weights with the layers of a LLaMA's MLP (up and down, ratio 2.6875) run on random inputs. Every
 measurement is made in a fork of a process that has imported everything: CPU seconds (the machine may be shared), least
 of the repeats, and the peak of resident memory above the model's. ``wide``: LLaMA-2-7B's own 4096×11008 layers beside
-6 GiB. ``budget``: the measured peak beside ``memory_budget``. Exponents: least squares of log cost on log size.
+6 GiB. ``budget``: the measured peak beside ``memory_budget``. ``disk``: the peak of the process's own memory (anonymous
+pages, sampled every millisecond) with the sums in a folder. Exponents: least squares of log cost on log size.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import ctypes
 import json
 import os
 import socket
+import tempfile
+import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +188,51 @@ def budget() -> list[dict[str, Any]]:
     return rows
 
 
+def disk() -> list[dict[str, Any]]:
+    """Measure the process's own memory, above the model's, with the sums in memory and in a folder."""
+    rows = []
+    for name in ("corda", "lora-da"):
+        for kept in ("memory", "folder"):
+
+            def work(method: Any = BUDGETED[name], kept: str = kept) -> dict[str, Any]:
+                model, data = built(1024, 10, 16), batches(1024, 512)
+                sums = sum(method.request.sum_bytes(site) for site in lorainit.find_sites(model)[0])
+                with tempfile.TemporaryDirectory(dir=".") as folder, own_memory() as peak:
+                    offload = folder if kept == "folder" else False
+                    spent = measured(model, method, data, offload=offload)
+                return {"sum_bytes": sums, "own_bytes": peak[0], "seconds": spent["seconds"]}
+
+            rows.append({"method": name, "kept": kept, **forked(work)})
+            print(
+                f"disk    {name:8} sums of {rows[-1]['sum_bytes'] / MIB:4.0f} MiB in {kept}: own memory "
+                f"{rows[-1]['own_bytes'] / MIB:4.0f} MiB, {rows[-1]['seconds']:.1f} s",
+                flush=True,
+            )
+    return rows
+
+
+@contextlib.contextmanager
+def own_memory() -> Iterator[list[int]]:
+    """Yield what becomes the peak of this process's anonymous memory above its start."""
+
+    def anonymous() -> int:
+        return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+    begin, peak, ended = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            peak[0] = max(peak[0], anonymous() - begin)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
+
+
 def wide(methods: dict[str, Any]) -> list[dict[str, Any]]:
     """Start one layer of LLaMA-2-7B's MLP at a time; the batches are 512 tokens."""
     rows = []
@@ -269,6 +317,14 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['method']} | {row['budget_bytes'] / MIB:.0f} | {row['peak_bytes'] / MIB:.0f} | "
             f"{row['peak_over_budget']:.2f} | {row['bare_peak_bytes'] / MIB:.0f} |"
         )
+    if "disk" in result:
+        lines += ["", "## Sums in a folder: `offload=folder` (10 blocks, width 1024, 20 layers)", ""]
+        lines += ["| method | sums, MiB | kept in | the process's own memory, MiB | CPU s |", "|---|---|---|---|---|"]
+    for row in result.get("disk", []):
+        lines.append(
+            f"| {row['method']} | {row['sum_bytes'] / MIB:.0f} | {row['kept']} | {row['own_bytes'] / MIB:.0f} | "
+            f"{row['seconds']:.1f} |"
+        )
     if "exponents" in result:
         lines += ["", "## Exponents of the seconds", "", f"Around {BASE}; three sizes each: {SWEEPS}.", ""]
         lines += ["| method | " + " | ".join(SWEEPS) + " |", "|---|" + "---|" * len(SWEEPS)]
@@ -287,7 +343,9 @@ def main() -> None:
     """Measure what is asked for and write JSON and the table beside it; parts that are not asked for are kept."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/scale.json"))
-    parser.add_argument("--parts", nargs="+", default=["wide", "budget", "sweep", "processes"], choices=list(PARTS))
+    parser.add_argument(
+        "--parts", nargs="+", default=["wide", "budget", "disk", "sweep", "processes"], choices=list(PARTS)
+    )
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     result = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -312,6 +370,7 @@ PARTS: dict[str, Callable[[dict[str, Any], int], dict[str, Any]]] = {
     "wide": lambda result, repeats: {"wide": wide(WIDE_METHODS)},
     "slow": lambda result, repeats: {"wide": _with_slow(result)},
     "budget": lambda result, repeats: {"budget": budget()},
+    "disk": lambda result, repeats: {"disk": disk()},
     "processes": lambda result, repeats: {"processes": processes()},
     "sweep": lambda result, repeats: _swept(repeats),
 }

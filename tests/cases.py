@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lorainit
+from lorainit.sharding import local
 
 SEQUENCE, BATCH, VOCAB, CLASSES = 6, 3, 40, 5
 
@@ -197,6 +198,37 @@ class Attention(nn.Module):
         return self.inner(x, x, x)[0]
 
 
+EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_MOE = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": VOCAB, "num_attention_heads": 2, "head_dim": 8}
+_MOE |= {"num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.3, "num_experts_per_tok": 2}
+_MOE |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def mixtral(experts: int = 3) -> nn.Module:
+    config = transformers.MixtralConfig(**_MOE, intermediate_size=24, num_local_experts=experts)
+    with seeded():
+        return transformers.MixtralForCausalLM(config).eval()
+
+
+def qwen_moe() -> nn.Module:
+    config = transformers.Qwen3MoeConfig(**_MOE, moe_intermediate_size=24, num_experts=4)
+    with seeded():
+        return transformers.Qwen3MoeForCausalLM(config).eval()
+
+
+def gpt_oss() -> nn.Module:
+    """Its experts have biases and are stored in×out."""
+    config = transformers.GptOssConfig(**_MOE, intermediate_size=24, num_local_experts=4)
+    with seeded():
+        return transformers.GptOssForCausalLM(config).eval()
+
+
+def with_experts(base: nn.Module, **config: Any) -> PeftModel:
+    options = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "target_parameters": list(EXPERT_PARAMETERS)}
+    with seeded(1):
+        return get_peft_model(base, LoraConfig(**(options | config))).eval()
+
+
 class Tokens(nn.Module):
     """Makes indices into a table of seven rows of anything."""
 
@@ -282,7 +314,7 @@ class Snapshot:
             objects[name] = (type(module), module.training, *(tuple(getattr(module, hook)) for hook in hooks))
         for name, config in getattr(model, "peft_config", {}).items():
             objects[f"config of {name}"] = (id(config), type(config), config.to_dict())
-        return cls({name: tensor.detach().clone() for name, tensor in every}, objects, rng_state())
+        return cls({name: local(tensor.detach()).clone() for name, tensor in every}, objects, rng_state())
 
     def assert_unchanged(self, model: nn.Module, *, buffers_remade: bool = False) -> None:
         now = Snapshot.of(model)

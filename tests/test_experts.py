@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import re
+import warnings
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import cases
 import lorainit
-from cases import VOCAB, Experts, Net
+from cases import VOCAB, Experts, Net, mixtral
 from lorainit import LoraInitError, UnsupportedLayerError, experts, offset
-from lorainit.methods import pissa
+from lorainit.generators import layer_generator
+from lorainit.methods import kaiming, pissa
+from lorainit.methods.method import start_layer
+from lorainit.sketches import test_matrix as make_test
+from lorainit.statistics.layer import Shared
+from routed import batches, oracle
 
 FREE = pytest.mark.parametrize("method", cases.METHODS)
 
 
-def mixtral():
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": VOCAB}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
-    chosen = {"num_local_experts": 3, "num_experts_per_tok": 2, "initializer_range": 0.3}
-    with cases.seeded():
-        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads, **chosen)).eval()
-
-
-PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-
 def adapted(dtype=torch.float32, **config):
-    options = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "target_parameters": PARAMETERS}
-    with cases.seeded(1):
-        return get_peft_model(mixtral().to(dtype), LoraConfig(**(options | config))).eval()
+    return cases.with_experts(mixtral().to(dtype), **config)
 
 
 def batch():
@@ -197,13 +191,15 @@ def test_training_moves_the_experts_and_not_the_base():
 @pytest.mark.parametrize(
     "method, options, reason",
     [
-        ("eva", {"data": True}, "eva needs to know what each expert sees"),
-        (lorainit.LoRAM(reference=lorainit.LoRAGA()), {"data": True}, "loram needs to know what each expert sees"),
+        ("abm", {"data": True}, "abm trains whole layers"),
+        ("hrp", {"data": True}, "hrp trains whole layers"),
+        (lorainit.CNTLoRA(constraint="F2", paired=True), {"data": True}, "cntlora compares pairs of positions"),
+        (lorainit.LoRADA(mask="labels"), {"data": True}, "lora-da with mask='labels' asks which positions are scored"),
         ("pissa", {"ranks": "budget"}, "ranks='budget' does not share out"),
         ("pissa", {"match_lr": True}, "match_lr does not go with"),
         ("pissa", {"base": "subtract"}, "base='subtract' does not edit"),
     ],
-    ids=["eva", "loram-reference", "ranks", "match_lr", "subtract"],
+    ids=["abm", "hrp", "pairs", "labels", "ranks", "match_lr", "subtract"],
 )
 def test_what_is_not_defined_for_experts_is_refused_by_name_and_nothing_changes(method, options, reason):
     options = dict(options)
@@ -220,11 +216,136 @@ def test_or_they_keep_their_default_and_are_named():
     model = adapted()
     before = cases.logits(model, batch())
     with pytest.warns(UserWarning, match=r"left layer 'model\.layers\.1\.mlp\.experts"):
-        report = cases.start(
-            model, "corda", data=[batch() | {"labels": batch()["input_ids"]}], on_unsupported="default"
-        )
+        report = cases.start(model, "corda", data=[batch()], ranks="budget", on_unsupported="default")
     assert sorted(row.kind for row in report.layers) == ["default"] * 4 + ["linear"] * 2
     assert torch.equal(cases.logits(model, batch()), before)
+
+
+DATA_DRIVEN = {
+    "eva": lorainit.EVA(),
+    "eva-sketched": lorainit.EVA(sketch=True, columns=6),
+    "corda": lorainit.CorDA(),
+    "corda-kpm": lorainit.CorDA(mode="kpm"),
+    "lora-ga": lorainit.LoRAGA(),
+    "lora-one": lorainit.LoRAOne(),
+    "lora-da": lorainit.LoRADA(),
+    "lora-da-official": lorainit.LoRADA(mode="official", damping=0.1),
+    "lora-da-halves": lorainit.LoRADA(cross_fit=True),
+    "cntlora": lorainit.CNTLoRA(),
+    "ag-lora": lorainit.AGLoRA(),
+    "loram": lorainit.LoRAM(reference=lorainit.LoRAGA()),
+}
+
+
+@functools.cache
+def dense(loss):
+    return oracle(mixtral().double(), batches(padded=True), loss, torch.float32)
+
+
+@pytest.mark.parametrize("method", DATA_DRIVEN.values(), ids=DATA_DRIVEN)
+def test_each_expert_gets_the_start_of_what_it_sees(method):
+    model = adapted(torch.float64, target_modules=[])
+    cases.start(model, method, data=batches(padded=True))
+    for expert in (expert for stack in stacks(model) for expert in stack.members):
+        sums = dataclasses.replace(dense(method.request.loss)[expert.name], shared=Shared())
+        if method.request.sketch is not None and "input_sketch" in method.request.streams_of(expert):
+            test = make_test("in", expert.in_features, method.request.sketch.columns(expert), 0)
+            sums.input_sketch = sums.input_second_moment @ test
+            sums.input_energy = sums.input_second_moment.trace()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # fewer tokens than would be good
+            expected = start_layer(method, expert, layer_generator(0, expert.name), sums)
+        A, B = expert.factors()
+        assert cases.relative_difference(A, expected.A) < 1e-3
+        if expected.B.any():
+            assert cases.relative_difference(B, expected.B) < 1e-3
+        else:
+            assert not B.any()
+
+
+@pytest.mark.parametrize("method", [DATA_DRIVEN[name] for name in ("eva", "corda", "lora-ga", "lora-one", "lora-da")])
+def test_the_base_and_the_function_stay_as_the_method_means(method):
+    model = adapted()
+    base, before = cases.base_tensors(model), cases.logits(model, batch())
+    report = cases.start(model, method, data=batches())
+    cases.assert_same_tensors(cases.base_tensors(model), base)
+    assert model.config._experts_implementation == "grouped_mm"
+    rows = [row for row in report.layers if row.kind == "experts"]
+    assert sorted(row.shape for row in rows) == [(16, 24)] * 2 + [(48, 16)] * 2
+    after = cases.logits(model, batch())
+    assert torch.equal(after, before) == (method.product != "step")
+    with model.disable_adapter():
+        assert torch.equal(cases.logits(model, batch()), before)
+
+
+def few():
+    """Two tokens: at most four of six experts see any."""
+    return [{"input_ids": torch.tensor([[5, 9]]), "labels": torch.tensor([[5, 9]])}]
+
+
+@pytest.mark.parametrize("method", ["eva", "corda", "lora-one"])
+def test_experts_that_saw_no_token_start_as_plain_lora_does_and_are_named(method, tmp_path):
+    base = mixtral(6)
+    model = cases.with_experts(base, r=1, target_modules=[])
+    before = cases.logits(model, batch())
+    report = cases.start(model, method, data=few(), cache=tmp_path)
+    again = cases.with_experts(mixtral(6), r=1, target_modules=[])
+    assert cases.start(again, method, data=few(), cache=tmp_path).details["statistics"]["collected"] is False
+    idle = 0
+    for stack, other in zip(stacks(model), stacks(again), strict=True):
+        row = next(row for row in report.layers if row.name == stack.name)
+        said = [re.match(r"experts? ([\d, ]+): saw (.*): PEFT's default, A random", each) for each in row.warnings]
+        assert said[0][2] == "no token of the calibration data"
+        named = {int(index) for each in said if each for index in each[1].split(", ")}
+        for expert, twin in zip(stack.members, other.members, strict=True):
+            A, B = expert.factors()
+            assert all(torch.equal(f, g) for f, g in zip((A, B), twin.factors(), strict=True))
+            plain = kaiming.factors(*expert.weight().shape, 1, generator=layer_generator(0, expert.name))
+            assert torch.equal(A, plain.A) == (expert.index in named)
+            assert expert.index not in named or not B.any()
+            idle += expert.index in named
+    assert idle >= 2 * len(stacks(model))
+    if method != "lora-one":
+        assert torch.equal(cases.logits(model, batch()), before)
+
+
+def test_experts_whose_tokens_no_loss_depends_on_are_named():
+    model = cases.with_experts(mixtral(), r=1, target_modules=[])
+    data = batches()[0]
+    data["labels"] = data["labels"].clone()
+    data["labels"][:, 2:] = -100  # one scored token a row, which two experts of the last layer have made
+    report = cases.start(model, "lora-ga", data=[{name: value[:1] for name, value in data.items()}])
+    said = [remark for row in report.layers for remark in row.warnings]
+    assert any("saw tokens, but no loss depends on them: PEFT's default" in remark for remark in said)
+    data["labels"][:] = -100
+    with pytest.raises(LoraInitError, match="no label that counts"):
+        cases.start(model, "lora-ga", data=[data])
+
+
+def test_a_failure_on_the_way_leaves_everything_as_it_was():
+    def broken():
+        yield from batches()
+        raise OSError("the disk is gone")
+
+    model = adapted()
+    forwards = [vars(stack.base_layer).get("forward") for stack in stacks(model)]
+    snapshot = cases.Snapshot.of(model)
+    with pytest.raises(OSError, match="the disk is gone"):
+        cases.start(model, "lora-da", data=broken())
+    snapshot.assert_unchanged(model)
+    assert model.config._experts_implementation == "grouped_mm"
+    assert [vars(stack.base_layer).get("forward") for stack in stacks(model)] == forwards
+
+
+def test_two_sets_of_data_and_sums_in_files_and_groups(tmp_path):
+    method = lorainit.CNTLoRA(constraint="F5")
+    found = []
+    for options in ({}, {"offload": tmp_path}, {"memory_budget": "80KB"}):
+        model = adapted()
+        cases.start(model, method, data=batches(), proxy_data=batches(seed=9), **options)
+        found.append([factor for stack in stacks(model) for factor in stack.factors()])
+    for other in found[1:]:
+        assert all(torch.equal(f, g) for f, g in zip(found[0], other, strict=True))
 
 
 def test_a_dead_expert_and_too_high_a_rank_are_named():

@@ -144,6 +144,25 @@ def starved() -> dict[str, Any]:
     return {"warnings": list(report.warnings), "same": same}
 
 
+def offloaded(folder: Path) -> dict[str, Any]:
+    """Start in a process whose own memory (mapped files are not counted) is less than all sums together take."""
+    torch.set_num_threads(1)
+    data, model, other = DEEP.batches(), DEEP.adapted(), DEEP.adapted()
+    status = Path("/proc/self/status").read_text()
+    limit = 1024 * int(status.split("VmData:")[1].split()[0]) + 80 * 2**20
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    report = cases.start(model, "corda", data=data, offload=folder)
+    try:
+        in_memory = list(cases.start(other, "corda", data=data).warnings)
+    except lorainit.LoraInitError as error:
+        in_memory = [str(error)]
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    cases.start(other, "corda", data=data)
+    same = all(torch.equal(a, b) for a, b in zip(start_of(model), start_of(other), strict=True))
+    left = [file.name for file in folder.iterdir()]
+    return {"warnings": list(report.warnings), "in memory": in_memory, "same": same, "left": left}
+
+
 def starved_to_death() -> dict[str, Any]:
     """The same with an iterator, which cannot be run again: an error, and the model is as it was."""
     torch.set_num_threads(1)
@@ -164,6 +183,8 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {"signals": [killed(victim, folder) for victim in (collecting, solving, saving)]}
     found["left"] = answer(lambda: left(folder))
     found["starved"] = answer(starved)
+    (folder / "sums").mkdir()
+    found["offloaded"] = answer(lambda: offloaded(folder / "sums"))
     found["starved to death"] = answer(starved_to_death)
     print(json.dumps(found))
 

@@ -6,6 +6,8 @@ One launch runs everything. The world of two is a group of the first two process
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import sys
 import traceback
@@ -17,13 +19,15 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import cases
 import lorainit
 from cases import CONV, LLAMA
+from lorainit.experts import find_experts
+from lorainit.statistics.watch import Watch
 
 WORLD = 3
 PAIRED = lorainit.CNTLoRA(constraint="F2", paired=True)
@@ -49,6 +53,8 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "hrp": (lorainit.HRP(steps=3), {}),
 }
 WEIGHTS_ONLY = ("kaiming", "pissa", "milora", "olora", "orthogonal", "loram")
+FROM_DATA = ("eva", "corda", "corda-groups", "cntlora", "cntlora-pairs", "ag-lora", "lora-ga", "lora-ga-matched")
+FROM_DATA += ("lora-one", "lora-da")
 
 Batch = dict[str, torch.Tensor]
 
@@ -93,8 +99,8 @@ def whole_weight(site: Any) -> torch.Tensor:
     return weight.full_tensor().clone() if hasattr(weight, "full_tensor") else weight.clone()
 
 
-def started(name: str, rank: int, size: int, **more: Any) -> dict[str, Any]:
-    """Start a fresh model with one row of the table and this process's shard."""
+def started(name: str, rank: int, size: int, model: nn.Module | None = None, **more: Any) -> dict[str, Any]:
+    """Start a model, a fresh one by default, with one row of the table and this process's shard."""
     method, options = METHODS[name]
     data = by_turns(1) if size == 1 and not hasattr(method, "fit") else shard(rank, size)
     if options.get("proxy_data"):
@@ -103,7 +109,7 @@ def started(name: str, rank: int, size: int, **more: Any) -> dict[str, Any]:
         options["proxy_data"] = [
             d | {"input_ids": p["input_ids"]} for d, p in zip(data, options["proxy_data"], strict=True)
         ]
-    model = LLAMA.adapted(torch.float64)
+    model = model or LLAMA.adapted(torch.float64)
     return outcome(model, cases.start(model, method, data=data, **options, **more))
 
 
@@ -189,24 +195,23 @@ def errors(rank: int, folder: Path) -> dict[str, tuple[str, str]]:
     }
 
 
-def sharded(rank: int) -> dict[str, Any]:
-    """What FSDP2 over all processes comes to: starts from the weights, the function, what is saved, refusals."""
+def sharded(rank: int, folder: Path) -> dict[str, Any]:
+    """What FSDP2 over all processes comes to: starts, the function, what is saved, refusals."""
     found: dict[str, Any] = {}
     mesh = DeviceMesh("cpu", list(range(WORLD)))
     batch = whole()[0]
     for method in WEIGHTS_ONLY:
         model = fully_sharded(mesh)
-        before = model(**batch).logits.detach()
+        before = cases.logits(LLAMA.adapted(torch.float64), batch)
         report = cases.start(model, method)
-        after = model(**batch)
-        found[method] = outcome(model, report) | {"moved": float((after.logits - before).detach().abs().max())}
-        after.loss.backward()
-        gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
-        found[method] |= {"gradients": gradients, "shards": {n: type(p).__name__ for n, p in adapter(model).items()}}
-        state = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in model.state_dict().items()}
-        found[method] |= {"saved": {n: t.clone() for n, t in state.items() if "lora_" in n}}
+        moved = float((model(**batch).logits - before).detach().abs().max())
+        found[method] = outcome(model, report) | {"moved": moved} | trained(model)
+    for name in FROM_DATA:  # their passes are the first ones of the model
+        model = fully_sharded(mesh)
+        found[name] = started(name, rank, WORLD, model) | trained(model)
     model = fully_sharded(mesh)
-    found["refused data"] = message(model, "eva", data=shard(rank, 3))
+    found["refused training"] = message(model, "abm", data=shard(rank, 3))
+    found["refused ranks"] = message(model, "eva", data=shard(rank, 3), ranks="budget")
     found["alone"] = message(model, "pissa", process_group=None)
     found["subtract"] = message(model, "pissa", base="subtract")
     split = LLAMA.adapted()
@@ -215,14 +220,112 @@ def sharded(rank: int) -> dict[str, Any]:
     found["tensor parallel"] = message(split, "pissa")
     flat = FullyShardedDataParallel(LLAMA.adapted(), use_orig_params=True, device_id=torch.device("cpu"))
     found["fsdp1"] = message(flat, "pissa")
+    return found | {"passes": passes(rank, folder, mesh), "errors": sharded_errors(rank, mesh)}
+
+
+def passes(rank: int, folder: Path, mesh: DeviceMesh) -> dict[str, Any]:
+    """What is special about passes of a sharded model."""
+    found: dict[str, Any] = {}
+    model = fully_sharded(mesh)
+    cases.start(model, "pissa")
+    found["load"] = raised(lambda: model.load_state_dict(model.state_dict()))
+    found["one unit"] = started("lora-one", rank, WORLD, fully_sharded(mesh, blocks=False))
+    found["no data"] = message(fully_sharded(mesh), "eva", data=[])
+    # the first process has two rows, of which one has no label, and the second one has all the others
+    data = [unlabelled(whole()[0])] if rank == 0 else whole()[1:] if rank == 1 else []
+    model = fully_sharded(mesh)
+    found["no label in a row"] = outcome(model, cases.start(model, "lora-ga", data=data, micro_batch=1))
+    model = fully_sharded(mesh)
+    with failing_hook(MemoryError("out of memory"), at=5 if rank == 1 else -1):
+        report = cases.start(model, "eva", data=shard(rank, WORLD))
+    found["memory"] = outcome(model, report) | {"warnings": report.warnings}
+    for run in ("collected", "again"):
+        model = fully_sharded(mesh)
+        report = cases.start(model, "corda", data=shard(rank, WORLD), cache=folder / "sharded cache")
+        found[run] = outcome(model, report) | {"details": report.details}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+    model = fully_sharded(mesh, torch.float32, policy)
+    cases.start(model, "lora-one", data=shard(rank, WORLD))
+    model(**whole()[0]).loss.backward()
+    found["dtypes"] = {p.grad.dtype for p in adapter(model).values()}
     return found
 
 
-def fully_sharded(mesh: DeviceMesh) -> nn.Module:
-    model = LLAMA.adapted(torch.float64)
-    for block in model.base_model.model.model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+def sharded_errors(rank: int, mesh: DeviceMesh) -> dict[str, tuple[str, str]]:
+    """What every process says when something is wrong in the second one, between the passes of a sharded model."""
+    second, data = rank == 1, shard(0, 3) if rank == 0 else shard(1, 3)
+    make = functools.partial(run_once, mesh)
+    bare, lost = [{"input_ids": data[0]["input_ids"]}], OSError("the disk is gone")
+    found = {
+        "data raise": refused(make, "lora-one", broken(data, lost) if second else data),
+        "interrupted": refused(make, "eva", broken(data, KeyboardInterrupt()) if second else data),
+        "no labels": refused(make, "lora-ga", bare if second else data),
+        "no labels that count": refused(make, "lora-ga", [unlabelled(data[0], None)] if second else data),
+        "unpaired": refused(make, PAIRED, data, proxy_data=data[:1] if second else data),
+    }
+    for name, wanted in (("hook", "eva"), ("hook of a gradient", "lora-ga")):
+        hooked = "_add_gradient" if "gradient" in name else "_add_input"
+        with failing_hook(OSError("the sums are gone"), at=5 if second else -1, name=hooked):
+            found[name] = refused(make, wanted, data)
+    return found
+
+
+def inside(rank: int, folder: Path) -> None:
+    """What the others see of a process that fails within a pass of the sharded model, and ends."""
+    join(rank, folder / "store inside")
+    make = functools.partial(run_once, DeviceMesh("cpu", list(range(WORLD))))
+    data = shard(0, 3) if rank == 0 else shard(1, 3)
+    said = refused(make, "lora-one", [data[0], bad_ids(data[0])] if rank == 1 else data)
+    (folder / f"{rank}.txt").write_text(": ".join(said))
+
+
+@contextlib.contextmanager
+def failing_hook(error: Exception, at: int, name: str = "_add_input") -> Iterator[None]:
+    """Raise within a pass, in what adds to the sums, once."""
+    add, calls = getattr(Watch, name), itertools.count()
+
+    def failing(*args: Any) -> Any:
+        if next(calls) == at:
+            raise error
+        return add(*args)
+
+    setattr(Watch, name, failing)
+    try:
+        yield
+    finally:
+        setattr(Watch, name, add)
+
+
+def unlabelled(batch: Batch, row: int | None = 0) -> Batch:
+    labels = batch["labels"].clone()
+    labels[slice(None) if row is None else row] = -100
+    return batch | {"labels": labels}
+
+
+def trained(model: nn.Module) -> dict[str, Any]:
+    """The gradients at the start, and what is saved."""
+    model(**whole()[0]).loss.backward()
+    gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    shards = {n: type(p).__name__ for n, p in adapter(model).items()}
+    state = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in model.state_dict().items()}
+    return {"gradients": gradients, "shards": shards, "saved": {n: t.clone() for n, t in state.items() if "lora_" in n}}
+
+
+def run_once(mesh: DeviceMesh) -> nn.Module:
+    """Return a sharded model for which FSDP2 has made all it makes at the first pass."""
+    model = fully_sharded(mesh, torch.float32)
+    model(**whole()[0])
+    model.reshard()
+    return model
+
+
+def fully_sharded(
+    mesh: DeviceMesh, dtype: torch.dtype = torch.float64, policy: Any = None, *, blocks: bool = True
+) -> nn.Module:
+    model, options = LLAMA.adapted(dtype), {} if policy is None else {"mp_policy": policy}
+    for block in model.base_model.model.model.layers if blocks else ():
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
     return model
 
 
@@ -231,8 +334,12 @@ def adapter(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def message(model: nn.Module, method: Any, **options: Any) -> str:
+    return raised(lambda: cases.start(model, method, **options))
+
+
+def raised(call: Callable[[], object]) -> str:
     try:
-        cases.start(model, method, **options)
+        call()
     except lorainit.LoraInitError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -244,6 +351,18 @@ def wrapped(rank: int) -> dict[str, Any]:
     for method in ("eva", "lora-one"):
         model = DistributedDataParallel(LLAMA.adapted(torch.float64))
         found[method] = outcome(model, cases.start(model, method, data=shard(rank, WORLD)))
+    return found
+
+
+def experts(rank: int, size: int) -> dict[str, list[torch.Tensor]]:
+    """What stacks of experts come to, some of which no token of this process, or of any, is sent to."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for method in ("eva", "lora-da"):
+        model = cases.with_experts(cases.mixtral(8).double(), r=1)
+        few = [{name: value[:1, :2] for name, value in batch.items()} for batch in whole()]
+        cases.start(model, method, data=few[rank::size])
+        stacks = find_experts(model, "default")[0]
+        found[method] = [factor.clone() for stack in stacks for factor in stack.factors()]
     return found
 
 
@@ -261,11 +380,15 @@ def cached(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def work(rank: int, folder: Path) -> None:
+def join(rank: int, store: Path) -> None:
     os.environ["WORLD_SIZE"] = str(WORLD)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=150)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=150)
     )
+
+
+def work(rank: int, folder: Path) -> None:
+    join(rank, folder / "store")
     found: dict[str, Any] = {}
     try:
         pair = distributed.new_group([0, 1])
@@ -275,10 +398,11 @@ def work(rank: int, folder: Path) -> None:
         if rank == 2:  # noqa: PLR2004
             found["alone"] = started("eva", 0, 1, process_group=None)
         found["wrapped"] = wrapped(rank)
+        found["experts"] = experts(rank, WORLD)
         found["cached"] = cached(rank, folder)
         found["errors"] = errors(rank, folder)
         found["still works"] = started("eva", rank, 3)
-        found["sharded"] = sharded(rank)
+        found["sharded"] = sharded(rank, folder)
         distributed.barrier()
         if rank == 2:  # noqa: PLR2004
             torch.save(found, folder / f"{rank}.pt")
@@ -292,4 +416,5 @@ def work(rank: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    multiprocessing.start_processes(work, (Path(sys.argv[1]),), nprocs=WORLD, start_method="fork")
+    for launched in (work, inside):
+        multiprocessing.start_processes(launched, (Path(sys.argv[1]),), nprocs=WORLD, start_method="fork")

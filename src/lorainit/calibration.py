@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ def layer_groups(
 ) -> Iterator[tuple[list[LoraSite], dict[str, Known]]]:
     """Yield the sites, in groups whose statistics fit the budget, and what the method needs to know about each.
 
+    What it knows about expert parameters comes by the names of the experts.
+
     Args:
         model: the model that holds the sites.
         method: the method.
@@ -100,7 +102,7 @@ def layer_groups(
     if request is None:
         yield sites, {}
         return
-    own = {name: options[name] for name in ("processes", "progress")}
+    own = {name: options[name] for name in ("place", "processes", "progress")}
     if cache is None:
         more = {"workspace": method.workspace, "remarks": remarks}
         groups = collect_groups(model, sites, () if batches is None else batches, request, **options, **more)
@@ -166,9 +168,9 @@ def share_out(
     energies: dict[str, Tensor] = {}
     held: dict[str, Known] = {}
 
-    def worth(site: LoraSite, known: Known) -> tuple[None, list[Tensor]]:
+    def worth(site: LoraSite, known: Sequence[Known]) -> tuple[None, list[Tensor]]:
         with own_precision(site.device):
-            return None, [method.energies(site, *known)]
+            return None, [method.energies(site, *known[0])]
 
     for group, statistics in collecting(sites):
         for done in each_layer(group, dict(statistics), worth, processes, skip=skip):

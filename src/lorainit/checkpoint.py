@@ -48,6 +48,7 @@ from .linalg import truncate_product
 from .quantized import unpacked
 from .report import InitReport
 from .resize import resize
+from .sharding import is_partitioned
 from .sites import LoraSite, find_sites, lora_layers, pattern_name, site_name
 
 
@@ -116,11 +117,12 @@ def save_pretrained(
         {layer name: relative Frobenius error of its update}; zeros unless truncated.
 
     Raises:
-        LoraInitError: no such adapter, a rank below 1, or an adapter that is no LoRA for the original base: a variant
-            with another forward, or one for which PEFT has edited the base.
+        LoraInitError: no such adapter, a rank below 1, an adapter that DeepSpeed ZeRO-3 partitions, or one that is no
+            LoRA for the original base: a variant with another forward, or one for which PEFT has edited the base.
     """
     _check_rank(rank)
     layers = lora_layers(model, adapter_name)
+    _check_here(layers, adapter_name)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, LoraConfig):
         raise LoraInitError(f"{type(model).__name__} holds no LoraConfig for adapter '{adapter_name}'")
@@ -298,6 +300,15 @@ def merge(model: nn.Module, *, adapter_name: str = "default") -> nn.Module:
 
 def _in_offset_form(layer: LoraLayer, adapter_name: str) -> bool:
     return adapter_name in layer.lora_A and offset.is_attached(layer.lora_A[adapter_name])
+
+
+def _check_here(layers: list[tuple[str, LoraLayer]], adapter_name: str) -> None:
+    for name, layer in layers:
+        if adapter_name in layer.lora_A and is_partitioned(offset.trained_factor(layer.lora_A[adapter_name])):
+            raise LoraInitError(
+                f"layer '{name}': the adapter is partitioned by DeepSpeed ZeRO-3; save it through Trainer.save_model, "
+                "or the engine's save_16bit_model"
+            )
 
 
 def _check_rank(rank: int | None) -> None:

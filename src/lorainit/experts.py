@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from . import offset
+from . import offset, sharding
 from ._typing import Float, Tensor
 from .errors import UnsupportedLayerError
 from .linalg import product_norm
@@ -33,6 +33,16 @@ class Expert(LoraSite):
 
     index: int = dataclasses.field(kw_only=True)
 
+    @property
+    def experts(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether there are others beside it that a token may be sent to."""
+        return self.layer.num_experts > 1  # pyright: ignore[reportAttributeAccessIssue]
+
     def stored_weight(self) -> Float[Tensor, "out in"]:
         """Return a view of the expert's weight as out×in."""
         return _stack(self.layer)[self.index]
@@ -48,7 +58,7 @@ class Experts(LoraSite):
     """An adapter on a stack of weights. Its ``shape`` and rank are those of one expert."""
 
     @property
-    def members(self) -> list[Expert]:
+    def members(self) -> Sequence[Expert]:
         """The experts, named ``layer.parameter[index]``."""
         name = pattern_name(self.name, self.layer)
         return [Expert(f"{name}[{i}]", self.layer, self.adapter, "linear", index=i) for i in range(self.experts)]
@@ -78,7 +88,9 @@ def find_experts(model: nn.Module, adapter_name: str) -> tuple[list[Experts], di
             raise UnsupportedLayerError(
                 f"layer '{name}' is on the meta device and holds no values; load or materialize the model first"
             )
-        if not offset.can_attach(layer.lora_A[adapter_name]):
+        if sharding.is_spread(parameter):
+            refused[name] = "expert parameters that are spread over processes (FSDP2, ZeRO-3) are not supported"
+        elif not offset.can_attach(layer.lora_A[adapter_name]):
             refused[name] = f"factors of type {type(layer.lora_A[adapter_name]).__name__} are not supported"
         elif parameter.dtype not in _DTYPES or type(parameter) is not nn.Parameter:
             refused[name] = f"expert parameters of type {type(parameter).__name__}, {parameter.dtype} are not supported"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import checkpoint, rescale, serving
+from . import checkpoint, offset, rescale, serving, sharding
 from .apply import Base, Undo, all_or_nothing, check_can_subtract
 from .calibration import (
     Groups,
@@ -42,6 +42,7 @@ from .report import InitReport, LayerReport
 from .sites import LoraSite, base_editing_init, find_sites, lora_layers
 from .solving import Known, each_layer
 from .statistics.batches import iterate
+from .statistics.place import Offload, Place
 
 
 def initialize(
@@ -56,7 +57,7 @@ def initialize(
     memory_budget: int | str | None = None,
     ranks: Rule | RankRule = "fixed",
     micro_batch: int | None = None,
-    offload: bool = False,
+    offload: Offload = False,
     cache: str | os.PathLike[str] | None = None,
     proxy_data: Iterable[Any] | None = None,
     on_unsupported: Literal["error", "default"] = "error",
@@ -89,14 +90,15 @@ def initialize(
             a layer that gets rank 0 loses its adapter. Only for methods whose start is a list of components.
         micro_batch: rows of a batch that run at a time while statistics are collected: less memory for activations, the
             same statistics (the loss of a batch must be a mean over its terms, as in Transformers' models).
-        offload: keep statistics in CPU memory while the model runs on an accelerator.
+        offload: keep statistics in CPU memory while the model runs on an accelerator; or in memory-mapped files of this
+            folder (on a disk, not a tmpfs), which nothing is left of afterwards.
         cache: where statistics are saved, and found again when the model, the data and what is needed are the same: a
             folder; or a file (``.safetensors``), which may stand in for ``data``. A damaged file, or one of another
             model or other data, is an error. The report's ``details`` name the file. Not with ``memory_budget``.
         proxy_data: batches like those of pre-training, for the constraints of `CNTLoRA` that compare with such.
-        on_unsupported: what to do with a layer that the method cannot start (an embedding, 3-D experts, r > min(in,
-            out), ...): ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with
-            a warning and a row in the report.
+        on_unsupported: what to do with a layer that the method cannot start (an embedding, r > min(in, out), ...):
+            ``"error"``, or ``"default"`` to leave it as it was (PEFT's default, in a fresh adapter), with a warning and
+            a row in the report.
         match_lr: express the start at another scale (A/ρ, B/ρ, ρ²s: the same function and subspaces), so that the
             learning rate that suits vanilla LoRA suits it: at any rate of Adam or AdamW its first update is as large
             as vanilla's (or smaller, if it was). ρ stands in the report; the limits in `lorainit.rescale`.
@@ -105,7 +107,8 @@ def initialize(
             it, alike, each with its own shard of ``data`` (an empty one is allowed). The sums over all shards decide,
             the layers' starts are computed in different processes and are then the same in all of them; an error in
             one is an error in all. ``samples`` of a method are shared out, ``max_batches`` and ``memory_budget`` hold
-            for each process. None: this process on its own (as in ``if rank == 0``); or another group.
+            for each process. A model that FSDP2 shards needs all processes that hold it. None: this process on its own
+            (as in ``if rank == 0``); or another group.
         progress: show a progress bar.
 
     Returns:
@@ -140,7 +143,7 @@ def initialize(
                 memory_budget=parse_bytes(memory_budget),
                 ranks=ranks,
                 micro_batch=micro_batch,
-                offload=offload,
+                place=Place.of(offload),
                 cache=cache,
                 proxy_data=proxy_data,
                 skip=on_unsupported,
@@ -165,7 +168,7 @@ class _Call:
     memory_budget: int | None
     ranks: Rule | RankRule
     micro_batch: int | None
-    offload: bool
+    place: Place
     cache: str | os.PathLike[str] | None
     proxy_data: Iterable[Any] | None
     skip: Literal["error", "default"]
@@ -245,6 +248,7 @@ def _initialize(call: _Call) -> InitReport:
 
 def _find(call: _Call) -> tuple[list[LoraSite], dict[str, str]]:
     """Return the layers to start, and why others cannot be; raise on what is known to be wrong by now."""
+    sharding.settle(call.model)
     sites, unsupported = find_sites(call.model, call.adapter_name)
     experts, refused = find_experts(call.model, call.adapter_name)
     if reason := _not_for_experts(call.method, call.rule, call.match_lr):
@@ -255,7 +259,7 @@ def _find(call: _Call) -> tuple[list[LoraSite], dict[str, str]]:
     _check_startable(call.model, call.adapter_name, sites, unsupported, call.method, call.skip)
     if call.treatment == "subtract":
         check_can_subtract(call.model, sites)
-    _check_processes(sites, call.method, call.processes)
+    _check_processes(sites, call)
     return sites, unsupported
 
 
@@ -279,7 +283,7 @@ def _start(call: _Call, sites: list[LoraSite], undo: Undo) -> _Started:
         call.proxy_data,
         memory_budget=call.memory_budget,
         micro_batch=call.micro_batch,
-        offload=call.offload,
+        place=call.place,
         cache=call.cache,
         saved=details,
         remarks=remarks,
@@ -321,6 +325,10 @@ def _chosen(call: _Call) -> _Call:
     data = list(call.data) if isinstance(call.data, Iterator) else call.data
     features: dict[str, float] = {}
     if data is not None and any(entry.where for entry in auto.table() if entry.helps):
+        if sharding.wrapping(call.model) == "fsdp2":
+            raise LoraInitError(
+                "auto cannot diagnose a model that is sharded by FSDP2; name the method, or pass no data"
+            )
         from .diagnostics.diagnose import diagnose  # needs more than a start does
 
         most = call.max_batches or 8
@@ -337,8 +345,9 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise LoraInitError(f"{name}={value!r} is not one of {list(choices)}")
 
 
-def _check_processes(sites: list[LoraSite], method: Method, processes: Processes) -> None:
+def _check_processes(sites: list[LoraSite], call: _Call) -> None:
     """Raise unless the processes can do what the method asks, and hold all of a sharded model."""
+    method, processes = call.method, call.processes
     if processes.size > 1 and method.request is not None and "odd_weight_gradient" in method.request.streams:
         raise LoraInitError(
             f"{method.info.name} with these options compares halves of the data, every second row each, which "
@@ -348,16 +357,39 @@ def _check_processes(sites: list[LoraSite], method: Method, processes: Processes
     if not sharded:
         return
     weight = sharded[0].base_layer.get_parameter("weight")
-    holders = weight.device_mesh.size()  # pyright: ignore[reportAttributeAccessIssue]
+    holders = sharding.holders(weight)
     if holders != processes.size:
         raise LoraInitError(
             f"layer '{sharded[0].name}': its weight is sharded over {holders} processes, but {processes.size} are to "
             "start the model; all that hold it must call initialize, with their process_group"
         )
-    if method.info.needs_data:
+    if sharding.is_partitioned(weight):
+        _check_partitioned(sharded[0], call)
+        return
+    refused = f"layer '{sharded[0].name}' is sharded by FSDP2, where"
+    if isinstance(method, TrainedMethod):
         raise LoraInitError(
-            f"{method.info.name} needs data, and layer '{sharded[0].name}' is sharded by FSDP2: only starts from the "
-            "weights are supported there; start the adapter before fully_shard is applied"
+            f"{refused} {method.info.name} cannot train for its start; start the adapter before fully_shard is applied"
+        )
+    if call.rule.rule != "fixed":
+        raise LoraInitError(
+            f"{refused} ranks={call.rule.rule!r} cannot give a layer another rank; start the adapter before "
+            "fully_shard is applied"
+        )
+
+
+def _check_partitioned(site: LoraSite, call: _Call) -> None:
+    """Raise unless a start is possible where DeepSpeed ZeRO-3 partitions the weights."""
+    refused = f"layer '{site.name}' is partitioned by DeepSpeed ZeRO-3, where"
+    if call.method.info.needs_data:
+        raise LoraInitError(
+            f"{refused} only starts from the weights are supported, and {call.method.info.name} needs data; start the "
+            "adapter on a base that is loaded without ZeRO-3, save it, and load it here"
+        )
+    reasons = {"offset": offset.NOT_IN_ZERO3, "subtract": "no process holds the weight that it edits"}
+    if reason := reasons.get(call.treatment):
+        raise LoraInitError(
+            f"{refused} base={call.treatment!r} is not supported: {reason}; use base='keep', ZeRO-2 or FSDP2"
         )
 
 
@@ -425,8 +457,12 @@ def _check_startable(
 
 def _not_for_experts(method: Method, rule: RankRule, match_lr: bool) -> str | None:
     """Return why expert parameters cannot be started like this; None if they can."""
-    if method.info.needs_data or method.request is not None:
-        return f"{method.info.name} needs to know what each expert sees, and experts in one module cannot be watched"
+    if isinstance(method, TrainedMethod):
+        return f"{method.info.name} trains whole layers, and does not know the experts in one"
+    if method.comparison == "pairs":
+        return f"{method.info.name} compares pairs of positions, and a router sends them to different experts"
+    if method.request is not None and method.request.mask == "labels":
+        return f"{method.info.name} with mask='labels' asks which positions are scored, which an expert does not see"
     if rule.rule != "fixed":
         return f"ranks={rule.rule!r} does not share out the rank of expert parameters"
     return "match_lr does not go with expert parameters" if match_lr else None

@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
+_WORDS = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory")
 
 
 def ran_out(error: BaseException) -> bool:

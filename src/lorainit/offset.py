@@ -28,7 +28,13 @@ from torch import Tensor, nn
 
 from .errors import LoraInitError
 from .read_only import read_only
-from .sharding import replicated_like, whole
+from .sharding import is_partitioned, is_sharded, replicated_like, whole
+
+NOT_IN_ZERO3 = "DeepSpeed makes its checkpoints of the parameters alone, and the frozen B₀A₀ is none"
+_SHARDED = (
+    "an adapter in lorainit's offset form that FSDP2 shards has no weight that could be read or loaded outside its "
+    "forward pass; load a state dict before fully_shard"
+)
 
 
 class OffsetFactor(nn.Module):
@@ -55,10 +61,22 @@ class OffsetFactor(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The factor of the update that the layer applies: rank 2r, or the trained one where the base is edited."""
-        return self.trained if self.base_edited else read_only(self.update_factor())
+        applied = self.applied_factor()
+        if is_sharded(applied):
+            raise LoraInitError(_SHARDED)
+        return applied if self.base_edited else read_only(applied)
 
     def applied_factor(self) -> Tensor:
-        """Return what `weight` shows, for the forward pass."""
+        """Return what `weight` shows, for the forward pass.
+
+        Raises:
+            LoraInitError: DeepSpeed ZeRO-3 has come to partition the trained factor.
+        """
+        if is_partitioned(self.trained):
+            raise LoraInitError(
+                "an adapter in lorainit's offset form cannot run under DeepSpeed ZeRO-3: "
+                f"{NOT_IN_ZERO3}; start it with base='keep', or use ZeRO-2 or FSDP2"
+            )
         return self.trained if self.base_edited else self.update_factor()
 
     def update_factor(self) -> Tensor:
@@ -99,6 +117,8 @@ class OffsetFactor(nn.Module):
         error_msgs: list[str],
     ) -> None:
         key = prefix + "weight"
+        if is_sharded(self.trained):
+            raise LoraInitError(_SHARDED)
         if key in state_dict:
             stored, rank = state_dict[key], self.trained.shape[self.stack_axis]
             if stored.shape[self.stack_axis] != 2 * rank:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from peft.tuners.lora import LoraLayer
 
 from . import rescale
 from .apply import Base, Undo, write_factors, write_start
 from .calibration import own_precision
 from .errors import UnsupportedLayerError
-from .experts import Experts, stack_factors
+from .experts import Expert, Experts, stack_factors
 from .generators import layer_generator
 from .methods import Factors, Method
+from .methods.kaiming import Kaiming
 from .methods.method import start_layer
 from .offset import is_attached
 from .report import LayerReport
 from .sites import LoraSite
 from .solving import Done, Known
+from .statistics.request import GRADIENT_STREAMS
 
 
 class _Solved(NamedTuple):
@@ -31,7 +35,7 @@ class _Solved(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def solve(site: LoraSite, known: Known, *, method: Method, seed: int) -> tuple[_Solved, Factors]:
+def solve(site: LoraSite, known: Sequence[Known], *, method: Method, seed: int) -> tuple[_Solved, Factors]:
     """Compute the start of one layer."""
     begin = time.perf_counter()
     weight_norm = site.weight_norm  # one read of W; raises on NaN or infinity before anything is computed from it
@@ -79,15 +83,46 @@ def write(done: Done, *, base: Base, undo: Undo, zero: bool, skip: str) -> Layer
     )
 
 
-def _factors(method: Method, site: LoraSite, seed: int, known: Known) -> Factors:
+def _factors(method: Method, site: LoraSite, seed: int, known: Sequence[Known]) -> Factors:
     """Return the start of a layer; of expert parameters, that of every expert."""
-    if isinstance(site, Experts):
-        starts = [start_layer(method, expert, layer_generator(seed, expert.name)) for expert in site.members]
-        for expert, factors in zip(site.members, starts, strict=True):
-            if not any(bool(factor.any()) for factor in factors):
-                raise UnsupportedLayerError(f"'{expert.name}': the start is dead, A = B = 0; is the weight zero?")
-        return Factors(*stack_factors(starts))
-    return start_layer(method, site, layer_generator(seed, site.name), *known)
+    if not isinstance(site, Experts):
+        return start_layer(method, site, layer_generator(seed, site.name), *known[0])
+    idle = [_idle(expert, own) for expert, own in zip(site.members, known, strict=True)]
+    if None not in idle:
+        raise UnsupportedLayerError(f"layer '{site.name}': each of its experts {idle[0]}")
+    starts: list[Factors] = []
+    remarks: dict[str, list[int]] = {}
+    for expert, own, reason in zip(site.members, known, idle, strict=True):
+        generator = layer_generator(seed, expert.name)
+        if reason is not None:
+            remarks.setdefault(f"{reason}: PEFT's default, A random and B zero", []).append(expert.index)
+            starts.append(Factors(*(factor.to(expert.device) for factor in Kaiming().start(expert, generator))))
+            continue
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            starts.append(start_layer(method, expert, generator, *own))
+        if not any(bool(factor.any()) for factor in starts[-1]):
+            raise UnsupportedLayerError(f"'{expert.name}': the start is dead, A = B = 0; is the weight zero?")
+        for remark in caught:
+            remarks.setdefault(str(remark.message), []).append(expert.index)
+    for message, indices in remarks.items():
+        which = f"expert{'s' * (len(indices) > 1)} {', '.join(map(str, indices))}"
+        warnings.warn(f"{which}: {message}", stacklevel=2)
+    return Factors(*stack_factors(starts))
+
+
+def _idle(expert: Expert, known: Known) -> str | None:
+    """Return why the data say nothing about an expert; None if they do, or where they are not asked."""
+    if any(sums.tokens == 0 for sums in known):
+        return "saw no token of the calibration data"
+    for sums in known:
+        whole, odd = sums.weight_gradient, sums.odd_weight_gradient
+        gradients = [getattr(sums, stream) for stream in GRADIENT_STREAMS - {"odd_weight_gradient"}]
+        if any(gradient is not None and not bool(gradient.any()) for gradient in gradients):
+            return "saw tokens, but no loss depends on them"
+        if odd is not None and whole is not None and (not bool(odd.any()) or torch.equal(odd, whole)):
+            return "saw tokens in one of the halves that are compared only"
+    return None
 
 
 def match_rate(site: LoraSite, row: LayerReport, undo: Undo) -> LayerReport:

@@ -86,6 +86,10 @@ class Processes:
                     self._meet(_Failure(type(error).__name__, str(error)), None)
             raise
 
+    def leave(self) -> None:
+        """Tell and hear nothing more: this process has failed where the others cannot be met."""
+        self._over = True
+
     def agree(self, values: Mapping[str, Any]) -> None:
         """Raise unless every process has got the same values; the message names the first that differs."""
         first, *others = self.exchange(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -47,12 +48,12 @@ class LoraSite:
     @property
     def is_sharded(self) -> bool:
         """Whether the base weight is spread over several processes."""
-        return sharding.is_sharded(getattr(self.base_layer, "weight", None))
+        return sharding.is_spread(getattr(self.base_layer, "weight", None))
 
     def put_together(self, *, keep: bool) -> None:
         """Gather a sharded weight, in all processes at once; those that keep it can read it until `drop_whole`."""
         if self.is_sharded:
-            weight = sharding.whole(self.base_layer.weight.detach())  # pyright: ignore
+            weight = sharding.gathered(self.base_layer.get_parameter("weight"))
             self._whole[:] = [weight] if keep else []
 
     def drop_whole(self) -> None:
@@ -85,6 +86,16 @@ class LoraSite:
         return float(self.layer.scaling[self.adapter])
 
     @property
+    def members(self) -> Sequence[LoraSite]:
+        """What gets a start of its own: the layer; of expert parameters, every expert."""
+        return [self]
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether it sees the tokens that a router sends it, instead of every position."""
+        return False
+
+    @property
     def experts(self) -> int:
         """How many weights the adapter is on: more than one only for expert parameters."""
         return self.layer.num_experts if isinstance(self.layer, ParamWrapper) else 1
@@ -112,9 +123,9 @@ class LoraSite:
                 return dequantized(base)
             except ValueError as error:
                 raise UnsupportedLayerError(f"layer '{self.name}': {error}") from error
-        weight = self._whole[0] if self._whole else base.weight.detach()  # pyright: ignore[reportCallIssue]
-        if sharding.is_sharded(weight):
+        if self.is_sharded and not self._whole:
             raise LoraInitError(f"layer '{self.name}': its weight is sharded and is not put together here")
+        weight = self._whole[0] if self._whole else base.weight.detach()  # pyright: ignore[reportCallIssue]
         if self.kind == "conv1d":
             return weight.T
         return weight.flatten(1) if self.kind == "conv" else weight
@@ -217,7 +228,7 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
     Raises:
         LoraInitError: no LoRA, an unknown adapter, or a layer with an adapter, this or another, merged into the base.
         UnsupportedLayerError: a layer whose factors or weight are not all here: on the meta device, offloaded, or split
-            in another way than FSDP2's.
+            in another way than FSDP2's; or factors that ZeRO-3 partitions.
     """
     sites: list[LoraSite] = []
     unsupported: dict[str, str] = {}
@@ -237,6 +248,11 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
         for values in (weight, offset.trained_factor(site.lora_A)):
             if reason := sharding.obstacle(values, site.base_layer, wrapped):
                 raise UnsupportedLayerError(f"layer '{name}' {reason}")
+        if sharding.is_partitioned(offset.trained_factor(site.lora_A)):
+            raise UnsupportedLayerError(
+                f"layer '{name}' has factors that are partitioned by DeepSpeed ZeRO-3, whose optimizer may hold copies "
+                "of them; start the adapter before deepspeed.initialize (before Trainer.train)"
+            )
         sites.append(site)
     return sites, unsupported
 

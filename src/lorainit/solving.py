@@ -15,7 +15,7 @@ from .sites import LoraSite, on_cpu
 from .statistics import LayerStatistics
 
 Known = tuple[LayerStatistics, ...]  # of the data, and of the data to compare them with if there are any
-Work = Callable[[LoraSite, Known], tuple[Any, Sequence[Tensor]]]
+Work = Callable[[LoraSite, Sequence[Known]], tuple[Any, Sequence[Tensor]]]
 
 
 class Done(NamedTuple):
@@ -54,8 +54,9 @@ def each_layer(
 
     Args:
         sites: the layers.
-        known: what is known about them; each layer's is dropped when it is done with, or not this process's.
-        work: returns an object and tensors.
+        known: what is known about them, or about their experts; each layer's is dropped when it is done with, or not
+            this process's.
+        work: takes a layer and what is known about each of its `members`, returns an object and tensors.
         processes: who shares the work.
         skip: ``"error"``: a layer that the method cannot start is one; else it comes back refused.
         alone: nothing else is held that could be dropped: a layer that memory does not suffice for is an error, too;
@@ -67,13 +68,15 @@ def each_layer(
     """
     if processes.size == 1:
         for site in sites:
-            yield _work_on(site, known.pop(site.name, ()), work, skip, alone=alone)
+            site.put_together(keep=True)
+            yield _work_on(site, _taken(site, known), work, skip, alone=alone)
+            site.drop_whole()
         return
     shares = _shares(sites, known, processes.size)
     mine = set(shares[processes.rank])
     for site in sites:
         if site.name not in mine:
-            known.pop(site.name, None)
+            _taken(site, known)
     named = {site.name: site for site in sites}
     found: dict[str, Done] = {}
     for turn in itertools.zip_longest(*shares):
@@ -81,7 +84,7 @@ def each_layer(
             if name is not None:
                 named[name].put_together(keep=rank == processes.rank)
         if (name := turn[processes.rank]) is not None:
-            found[name] = _work_on(named[name], known.pop(name, ()), work, skip, alone=alone)
+            found[name] = _work_on(named[name], _taken(named[name], known), work, skip, alone=alone)
             named[name].drop_whole()
         if any(site.is_sharded for site in sites):  # else nobody waits for anybody before the end
             processes.exchange(None)
@@ -93,11 +96,16 @@ def each_layer(
         yield Done(site, about, [tensor.to(site.device) for tensor in tensors], refused, remarks, starved)
 
 
+def _taken(site: LoraSite, known: dict[str, Known]) -> list[Known]:
+    """Take out what is known about each member of a layer."""
+    return [known.pop(member.name, ()) for member in site.members]
+
+
 def _shares(sites: Sequence[LoraSite], known: dict[str, Known], size: int) -> list[list[str]]:
     """Return the names of the layers that each process works on; those that share their input stay together."""
     units: dict[object, list[LoraSite]] = {}
     for site in sites:
-        sums = known.get(site.name)
+        sums = known.get(site.members[0].name)
         units.setdefault(id(sums[0].shared) if sums else site.name, []).append(site)
     costs: dict[str, float] = {}
     members: dict[str, list[str]] = {}
@@ -105,12 +113,13 @@ def _shares(sites: Sequence[LoraSite], known: dict[str, Known], size: int) -> li
         first = unit[0].name
         members[first] = [site.name for site in unit]
         costs[first] = sum(
-            site.out_features * site.in_features * min(site.out_features, site.in_features) for site in unit
+            site.experts * site.out_features * site.in_features * min(site.out_features, site.in_features)
+            for site in unit
         )
     return [[name for first in share for name in members[first]] for share in shared_out(costs, size)]
 
 
-def _work_on(site: LoraSite, known: Known, work: Work, skip: str, *, alone: bool) -> Done:
+def _work_on(site: LoraSite, known: Sequence[Known], work: Work, skip: str, *, alone: bool) -> Done:
     """Do the work on a layer; once more on the CPU, if its device has not the memory for it."""
     remarks: tuple[str, ...] = ()
     last = ""
@@ -130,7 +139,7 @@ def _work_on(site: LoraSite, known: Known, work: Work, skip: str, *, alone: bool
         if skip == "error":
             raise
         return Done(site, None, (), str(error), remarks)
-    if known and not alone:
+    if any(known) and not alone:
         return Done(site, None, (), None, starved=True)
     raise LoraInitError(
         f"layer '{site.name}': memory does not suffice to compute its start, not even of this layer alone and on the "

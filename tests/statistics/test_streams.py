@@ -10,6 +10,7 @@ from cases import CASES
 from lorainit import LoraInitError, find_sites
 from lorainit.sketches import test_matrix as make_test
 from lorainit.statistics import LayerStatistics, Request, Sketch, collect, merge
+from lorainit.statistics.place import Place
 from lorainit.statistics.second_moment import add_second_moment, mirror
 from matrices import normal
 
@@ -109,10 +110,10 @@ def test_the_full_output_moment_has_the_squares_on_its_diagonal_and_is_of_the_gr
         torch.testing.assert_close(sums.output_gradient_second_moment.diagonal(), sums.output_gradient_squares)
 
 
-def test_micro_batches_and_offload_change_nothing() -> None:
+def test_micro_batches_and_another_place_change_nothing(tmp_path) -> None:
     model, sites = started(NAMED["llama"])
     expected = collect(model, sites, padded(6), DENSE, progress=False)
-    for options in ({"micro_batch": 4}, {"offload": True}):
+    for options in ({"micro_batch": 4}, {"place": Place.of(True)}, {"place": Place.of(tmp_path)}):
         found = collect(model, sites, padded(6), DENSE, progress=False, **options)
         for site in sites:
             for stream in DENSE.streams:

@@ -186,7 +186,7 @@ class _Sums:
 
         dtype = next(iter(self.layers.values())).tangent.U.dtype
         with Watch(self.model, self.sites, Request(frozenset({"weight_gradient"}), dtype=dtype)) as watch:
-            watch.run(batch, recorded)
+            watch.run([batch], loss_function=recorded)
             found = watch.finish()
         gradients = {name: statistics.weight_gradient for name, statistics in found.items()}
         return *seen[0], {name: g for name, g in gradients.items() if g is not None}

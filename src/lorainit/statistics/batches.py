@@ -13,6 +13,7 @@ from ..errors import LoraInitError
 
 MaskKind = Literal["attention", "labels"]
 NO_BATCH = "the calibration data are empty: not a single batch"
+_BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "token_type_ids")
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, int]]
 
 
@@ -34,7 +35,7 @@ def iterate(
         if left <= 0 or (max_batches is not None and index >= max_batches):
             return
         rows = count_rows(batch)
-        yield _to_device(batch if rows <= left else take_rows(batch, slice(0, int(left))), device)
+        yield to_device(batch if rows <= left else take_rows(batch, slice(0, int(left))), device)
         left -= rows
     if index < 0 and not may_be_empty:
         raise LoraInitError(NO_BATCH)
@@ -50,6 +51,8 @@ def forward(model: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Mapping):
             return model(**batch)
         return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    except LoraInitError:  # what a watch has to say
+        raise
     except (TypeError, ValueError) as error:
         raise LoraInitError(f"the model refuses a calibration batch ({describe(batch)}): {error}") from error
 
@@ -100,6 +103,31 @@ def split_rows(batch: Any, size: int = 1) -> list[Any]:
     return [take_rows(batch, slice(i, i + size)) for i in range(0, count_rows(batch), size)]
 
 
+def without_padding(row: Any) -> Any:
+    """Return a batch of one row without the padding behind its tokens.
+
+    Raises:
+        LoraInitError: there is padding in front of them, or nothing but padding.
+    """
+    mask = named_fields(row)["attention_mask"].bool()
+    length = int(mask.sum())
+    if length == 0 or not bool(mask[:, :length].all()):
+        raise LoraInitError(
+            "experts see tokens that do not say whether they are padding, so padding is cut off, and that is only "
+            f"possible behind the tokens of a row (attention_mask {mask.int().tolist()[0]}); pad on the right, or use "
+            "batches without padding"
+        )
+    return _cut(row, mask.shape[1], length)
+
+
+def _cut(value: Any, full: int, length: int, name: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {key: _cut(item, full, length, str(key)) for key, item in value.items()}
+    by_token = name in _BY_TOKEN and isinstance(value, Tensor) and value.shape[1:2] == (full,)
+    classes = name == "labels" and isinstance(value, Tensor) and value.is_floating_point()
+    return value[:, :length] if by_token and not classes else value
+
+
 def count_terms(model: nn.Module, batch: Any) -> int | None:
     """Return how many label terms a model's loss averages over: labelled tokens, or rows; None without labels."""
     labels = named_fields(batch).get("labels")
@@ -127,16 +155,25 @@ def summed_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     Raises:
         LoraInitError: no labels in the batch, no loss in the output, or not a single label term.
     """
+    loss, terms = loss_in(forward(model, batch), model, batch)
+    if terms == 0:
+        raise LoraInitError(f"a calibration batch ({describe(batch)}) has no label that counts: all are -100")
+    return loss, terms
+
+
+def loss_in(output: Any, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    """Return the summed loss in what a model has made of a batch, NaN without a label term, and their number.
+
+    Raises:
+        LoraInitError: no labels in the batch, or no loss in the output.
+    """
     terms = count_terms(model, batch)
-    output = forward(model, batch)
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if terms is None or loss is None:
         raise LoraInitError(
             f"this method needs gradients, hence a loss: the batch ({describe(batch)}) must hold 'labels' and the "
             "model must return a loss; or pass loss_function=(model, batch) -> (summed loss, number of terms)"
         )
-    if terms == 0:
-        raise LoraInitError(f"a calibration batch ({describe(batch)}) has no label that counts: all are -100")
     return loss * terms, terms
 
 
@@ -162,9 +199,10 @@ def position_masks(model: nn.Module, batch: Any, kind: MaskKind) -> dict[str, Te
     return masks
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on a device."""
     if isinstance(batch, Mapping):
-        return {k: _to_device(v, device) for k, v in batch.items()}
+        return {k: to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_to_device(v, device) for v in batch)
+        return type(batch)(to_device(v, device) for v in batch)
     return batch.to(device) if isinstance(batch, Tensor) else batch

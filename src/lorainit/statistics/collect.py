@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -14,8 +13,10 @@ from .. import memory
 from ..errors import LoraInitError
 from ..processes import ALONE, Processes
 from ..sites import LoraSite
-from .batches import LossFunction, iterate, summed_loss
+from .batches import iterate
 from .layer import LayerStatistics
+from .lockstep import passes_of
+from .place import COMPUTED, Place
 from .request import Request, Sketch
 from .shards import add_up
 from .watch import Watch
@@ -35,8 +36,7 @@ def collect(
     max_batches: int | None = None,
     memory_budget: int | None = None,
     micro_batch: int | None = None,
-    offload: bool = False,
-    loss_function: LossFunction | None = None,
+    place: Place = COMPUTED,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -53,10 +53,10 @@ def collect(
         max_batches: stop after so many.
         memory_budget: bytes that the sums may take at a time; layers go in groups that fit.
         micro_batch: rows that run at a time: less memory for activations, the same sums.
-        offload: keep the sums in CPU memory while the model runs on an accelerator.
-        loss_function: (model, batch) -> (summed loss, number of terms); default `summed_loss`.
+        place: where the sums live.
         processes: those whose data are shards of one whole: the sums are over all of them, the same in each. One that
-            has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all.
+            has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all. Those
+            that hold a model together (FSDP2) run their passes in step, see `lorainit.statistics.lockstep`.
         progress: show a progress bar.
 
     Raises:
@@ -66,8 +66,7 @@ def collect(
     """
     found: dict[str, LayerStatistics] = {}
     options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget}
-    options |= {"micro_batch": micro_batch, "offload": offload, "loss_function": loss_function, "progress": progress}
-    options |= {"processes": processes}
+    options |= {"micro_batch": micro_batch, "place": place, "progress": progress, "processes": processes}
     for _, statistics in collect_groups(model, sites, data, request, **options):
         found |= statistics
     return found
@@ -82,14 +81,15 @@ def collect_groups(
     max_batches: int | None = None,
     memory_budget: int | None = None,
     micro_batch: int | None = None,
-    offload: bool = False,
-    loss_function: LossFunction | None = None,
+    place: Place = COMPUTED,
     processes: Processes = ALONE,
     workspace: Workspace = lambda site: 0,
     remarks: list[str] | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
     """Yield the groups of sites that fit the budget, each with its sums, as `collect` does.
+
+    The experts of a stack stay in one group; their sums come by their names.
 
     The next group is only collected when it is asked for: drop the sums of one before that, and no more than the budget
     is ever held. A group on which memory runs out all the same is split, and the data run again. Beside the arguments
@@ -103,8 +103,7 @@ def collect_groups(
         max_batches: see there.
         memory_budget: see there; what the work on a layer takes comes out of it, too.
         micro_batch: see there.
-        offload: see there.
-        loss_function: see there.
+        place: see there.
         processes: see there.
         workspace: bytes that the work on a layer takes beside the sums.
         remarks: takes what the user should know.
@@ -113,13 +112,13 @@ def collect_groups(
     if micro_batch is not None and micro_batch < 1:
         raise LoraInitError(f"micro_batch must be ≥ 1 or None, got {micro_batch}")
     pending = _groups(list(sites), request, memory_budget, workspace)
-    store = torch.device("cpu") if offload else None
     once = isinstance(data, Iterator) and len(pending) == 1
     batches = list(data) if isinstance(data, Iterator) and not once else data
     while pending:
         group = pending.pop(0)
-        watch = Watch(model, group, request, store=store)
-        fits = _run(watch, batches, max_batches, micro_batch, loss_function or summed_loss, processes, progress)
+        parts = [part for site in group for part in site.members]
+        watch = Watch(model, parts, request, place=place)
+        fits = _run(watch, batches, max_batches, micro_batch, processes, progress)
         if not all(processes.exchange(fits)):
             del watch
             memory.free()
@@ -133,7 +132,7 @@ def collect_groups(
             if remarks is not None:
                 remarks.append(f"memory ran out on a group of {len(group)} layers: it was split and the data run again")
             continue
-        add_up(watch.statistics, processes, {site.name: store or site.device for site in group})
+        add_up(watch.statistics, processes, {part.name: part.device for part in parts}, place)
         found = watch.finish()
         yield group, found
         del found, watch
@@ -144,19 +143,16 @@ def _run(
     batches: Iterable[Any],
     max_batches: int | None,
     micro_batch: int | None,
-    loss_function: LossFunction,
     processes: Processes,
     progress: bool,
 ) -> bool:
     """Run the model over this process's batches; return False where memory ran out on the way."""
     device, samples = next(watch.model.parameters()).device, processes.share(watch.request.samples)
     try:
-        with base_only(watch.model), watch:
-            bar = tqdm(desc="calibration", unit="batch", disable=not progress, leave=False)
-            for batch in iterate(batches, max_batches, samples, device, may_be_empty=processes.size > 1):
-                watch.run(batch, loss_function, micro_batch)
-                bar.update()
-            bar.close()
+        with passes_of(watch.model, processes) as passes, base_only(watch.model), watch:
+            found = iterate(batches, max_batches, samples, device, may_be_empty=processes.size > 1)
+            bar = tqdm(found, desc="calibration", unit="batch", disable=not progress, leave=False)
+            watch.run(bar, passes=passes, micro_batch=micro_batch)
     except (RuntimeError, MemoryError) as error:
         if not memory.ran_out(error):
             raise

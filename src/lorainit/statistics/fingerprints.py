@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..processes import ALONE, Processes
 from ..quantized import dequantized, is_quantized
+from ..sharding import whole
 from ..sites import site_name
 from .batches import iterate
 
@@ -19,7 +20,10 @@ _CHUNK = 2**24  # entries that are copied to the CPU at a time
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Return a digest of the base model: class, config, names, shapes, dtypes and values; no adapters."""
+    """Return a digest of the base model: class, config, names, shapes, dtypes and values; no adapters.
+
+    Where it is sharded every process must ask for it.
+    """
     digest = hashlib.blake2b(digest_size=20)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
     settings = getattr(base, "config", None)
@@ -34,7 +38,7 @@ def model_fingerprint(model: nn.Module) -> str:
     for name in sorted(tensors, key=_base_name):
         if ".lora_" not in name and not name.startswith("lora_"):
             digest.update(_base_name(name).encode())
-            _add(digest, tensors[name])
+            _add(digest, whole(tensors[name]))
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ import torch
 
 from .._typing import Float, Tensor
 from .layer import LayerStatistics
+from .place import COMPUTED, Place
 from .second_moment import add_second_moment
 
 
@@ -16,7 +17,7 @@ def add_inputs(
     rows: Float[Tensor, "tokens in"],
     streams: Collection[str],
     test: Float[Tensor, "in k"] | None = None,
-    device: torch.device | None = None,
+    place: Place = COMPUTED,
 ) -> None:
     """Add some inputs to a layer's sums.
 
@@ -25,17 +26,17 @@ def add_inputs(
         rows: x, one a row, in the dtype of the sums.
         streams: which sums.
         test: Ω, for ``"input_sketch"``.
-        device: where the sums live; default: where the inputs are.
+        place: where the sums live.
     """
     statistics.tokens += rows.shape[0]
     if "input_second_moment" in streams:
-        add_second_moment(statistics, "input_second_moment", rows, device)
+        add_second_moment(statistics, "input_second_moment", rows, place)
     if "input_sum" in streams:
-        statistics.add("input_sum", rows.sum(0), device)
+        statistics.add("input_sum", rows.sum(0), place)
     if "input_magnitude" in streams:
-        statistics.add("input_magnitude", rows.abs().sum(0), device)
+        statistics.add("input_magnitude", rows.abs().sum(0), place)
     if "input_energy" in streams:
-        statistics.add("input_energy", torch.linalg.vector_norm(rows).square(), device)
+        statistics.add("input_energy", torch.linalg.vector_norm(rows).square(), place)
     if "input_sketch" in streams:
         assert test is not None
-        statistics.add_product("input_sketch", rows.mT, rows @ test, device)
+        statistics.add_product("input_sketch", rows.mT, rows @ test, place)

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from .._typing import Float, Tensor
+from .place import COMPUTED, Place
 
 Result = TypeVar("Result")
 
@@ -38,7 +39,7 @@ class LayerStatistics:
     layer's output at the same position; a convolution's x is the unfolded patch.
 
     Attributes:
-        sequences: rows of the data that reached the layer (n).
+        sequences: rows of the data (n); of an expert those as well that sent it no token.
         tokens: positions that count: padding never does (M).
         labels: label terms of the loss, 0 without labels (M_lab).
         input_second_moment: Σ x xᵀ.
@@ -75,16 +76,16 @@ class LayerStatistics:
     sketch_seed: int = 0
     shared: Shared = dataclasses.field(default_factory=Shared, repr=False, compare=False)
 
-    def add(self, stream: str, value: Tensor, device: torch.device | None = None) -> None:
-        """Add to a sum; the first value becomes the sum, on ``device`` if one is named."""
+    def add(self, stream: str, value: Tensor, place: Place = COMPUTED) -> None:
+        """Add to a sum; the first value becomes the sum, in its place."""
         held = getattr(self, stream)
-        setattr(self, stream, value.to(device or value.device) if held is None else held.add_(value.to(held.device)))
+        setattr(self, stream, place.keep(value) if held is None else held.add_(value.to(held.device)))
 
-    def add_product(self, stream: str, left: Tensor, right: Tensor, device: torch.device | None = None) -> None:
+    def add_product(self, stream: str, left: Tensor, right: Tensor, place: Place = COMPUTED) -> None:
         """Add ``left @ right`` to a sum, without a temporary of its size where it lies on the same device."""
         held = getattr(self, stream)
         if held is None or held.device != left.device:
-            self.add(stream, left @ right, device)
+            self.add(stream, left @ right, place)
         else:
             held.addmm_(left, right)
 

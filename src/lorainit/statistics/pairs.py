@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from itertools import zip_longest
 from typing import Any
 
@@ -16,9 +16,13 @@ from ..sites import LoraSite
 from .batches import describe, forward, iterate, position_masks
 from .collect import base_only
 from .layer import LayerStatistics
+from .lockstep import Part, Passes, passes_of
+from .place import COMPUTED, Place
 from .positions import counted, input_positions
 from .request import Request
 from .shards import add_up
+
+Masks = dict[str, Tensor]
 
 
 def collect_pairs(
@@ -28,6 +32,7 @@ def collect_pairs(
     proxy_data: Iterable[Any],
     request: Request,
     *,
+    place: Place = COMPUTED,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -41,6 +46,7 @@ def collect_pairs(
         data: batches as the model takes them: x_f.
         proxy_data: the batches that they are paired with, each of the same shape: x_p.
         request: for its mask, dtype and number of samples.
+        place: where the sums live.
         processes: those whose pairs are shards of one whole, as in `lorainit.statistics.collect.collect`.
         progress: show a progress bar.
 
@@ -50,47 +56,73 @@ def collect_pairs(
     found = {site.name: LayerStatistics() for site in sites}
     device = next(model.parameters()).device
     samples, several = processes.share(request.samples), processes.size > 1
-    pairs = zip_longest(
-        *(iterate(batches, None, samples, device, may_be_empty=several) for batches in (data, proxy_data))
-    )
-    with base_only(model), torch.no_grad():
-        for batch, proxy in tqdm(pairs, desc="pairs", unit="batch", disable=not progress, leave=False):
-            if batch is None or proxy is None:
-                raise LoraInitError("data and proxy_data are to be paired, but one of them has more batches")
-            after, before = (_inputs(model, sites, each, request) for each in (batch, proxy))
-            for name, sums in found.items():
-                x, y = after[name], before[name]
-                if x.shape != y.shape:
-                    raise LoraInitError(
-                        f"layer '{name}': {x.shape[0]} positions count in a batch of data ({describe(batch)}), "
-                        f"{y.shape[0]} in its pair ({describe(proxy)})"
-                    )
-                sums.tokens += y.shape[0]
-                sums.add("input_sum", y.sum(0))
-                sums.add_product("input_second_moment", y.mT, y)
-                sums.add_product("cross_second_moment", y.mT, x)
-    add_up(found, processes, {site.name: site.device for site in sites})
+    sets = (iterate(batches, None, samples, device, may_be_empty=several) for batches in (data, proxy_data))
+    pairs = tqdm(zip_longest(*sets), desc="pairs", unit="batch", disable=not progress, leave=False)
+    with passes_of(model, processes) as passes, base_only(model), torch.no_grad():
+        for pair, masks in passes.each(_whole(model, pairs, request)):
+            watched = sites if masks is not None else ()
+            both = zip(pair, masks or ({}, {}), strict=True)
+            seen = [_inputs(model, watched, batch, mask, request, passes) for batch, mask in both]
+            if masks is not None:
+                passes.attempt(_add, found, pair, *seen, place)
+    add_up(found, processes, {site.name: site.device for site in sites}, place)
     return found
 
 
-def _inputs(model: nn.Module, sites: Collection[LoraSite], batch: Any, request: Request) -> dict[str, Tensor]:
-    """Return each layer's inputs on a batch, a position a row."""
-    masks = position_masks(model, batch, request.mask)
+def _whole(model: nn.Module, pairs: Iterable[tuple[Any, Any]], request: Request) -> Iterator[Part[list[Masks]]]:
+    """Yield the pairs, and which positions of each of the two batches count."""
+    for pair in pairs:
+        if any(batch is None for batch in pair):
+            raise LoraInitError("data and proxy_data are to be paired, but one of them has more batches")
+        yield pair, [position_masks(model, batch, request.mask) for batch in pair]
+
+
+def _inputs(
+    model: nn.Module,
+    sites: Collection[LoraSite],
+    batch: Any,
+    masks: Masks,
+    request: Request,
+    passes: Passes,
+) -> dict[str, list[Tensor]]:
+    """Return each layer's inputs in a pass over a batch, a position a row."""
     seen: dict[str, list[Tensor]] = {site.name: [] for site in sites}
 
-    def hook(site: LoraSite) -> Any:
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = counted(site, input_positions(site, inputs[0]), inputs[0], masks)
-            seen[site.name].append(rows.to(request.dtype))
+    def add(site: LoraSite, x: Tensor) -> None:
+        seen[site.name].append(counted(site, input_positions(site, x), x, masks).to(request.dtype))
 
-        return keep
+    def hook(site: LoraSite) -> Any:
+        return lambda module, inputs: passes.attempt(add, site, inputs[0])
 
     handles = [site.base_layer.register_forward_pre_hook(hook(site)) for site in sites]
     try:
-        forward(model, batch)
+        with passes.one():
+            forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    if unseen := [name for name, rows in seen.items() if not rows]:
-        raise LoraInitError(f"layer '{unseen[0]}' saw no token of the calibration data ({len(unseen)} such layers)")
-    return {name: torch.cat(rows) for name, rows in seen.items()}
+    return seen
+
+
+def _add(
+    found: dict[str, LayerStatistics],
+    pair: tuple[Any, Any],
+    after: dict[str, list[Tensor]],
+    before: dict[str, list[Tensor]],
+    place: Place,
+) -> None:
+    """Add the inputs on a batch of the data and on its pair to the sums."""
+    for name, sums in found.items():
+        if not (after[name] and before[name]):
+            unseen = [n for n in found if not (after[n] and before[n])]
+            raise LoraInitError(f"layer '{name}' saw no token of the calibration data ({len(unseen)} such layers)")
+        x, y = torch.cat(after[name]), torch.cat(before[name])
+        if x.shape != y.shape:
+            raise LoraInitError(
+                f"layer '{name}': {x.shape[0]} positions count in a batch of data ({describe(pair[0])}), "
+                f"{y.shape[0]} in its pair ({describe(pair[1])})"
+            )
+        sums.tokens += y.shape[0]
+        sums.add("input_sum", y.sum(0), place)
+        sums.add_product("input_second_moment", y.mT, y, place)
+        sums.add_product("cross_second_moment", y.mT, x, place)

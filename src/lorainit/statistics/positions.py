@@ -50,6 +50,11 @@ def counted(site: LoraSite, rows: Tensor, tensor: Tensor, masks: Mapping[str, Te
     mask = masks.get("decoder" if reads_decoder(site.name) else "input")
     if mask is None or site.kind == "conv" or bool(mask.all()):
         return rows
+    if site.is_routed:
+        raise LoraInitError(
+            f"layer '{site.name}': an expert's tokens do not say which positions they come from, so those that do not "
+            f"count in the mask {list(mask.shape)} cannot be told apart; use batches without padding"
+        )
     if rows.shape[0] == mask.numel():
         return rows[mask.flatten()]
     if tensor.dim() == 2 and rows.shape[0] == mask.shape[0]:  # noqa: PLR2004 - one vector a row, after pooling

@@ -92,7 +92,7 @@ class Request:
         return streams
 
     def sum_bytes(self, site: LoraSite) -> int:
-        """Return the memory that the sums of one layer take."""
+        """Return the memory that the sums of one layer take, of all its experts together."""
         n, m = site.in_features, site.out_features
         sizes = {
             "input_second_moment": n * n,
@@ -107,4 +107,4 @@ class Request:
         if self.sketch is not None:
             columns, rows = self.sketch.columns(site), self.sketch.rows(site)
             sizes |= {"input_sketch": n * columns, "gradient_range": m * columns, "gradient_corange": rows * n}
-        return sum(sizes[stream] for stream in self.streams_of(site)) * self.dtype.itemsize
+        return sum(sizes[stream] for stream in self.streams_of(site)) * self.dtype.itemsize * site.experts

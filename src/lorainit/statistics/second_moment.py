@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-
 from .._typing import Float, Tensor
 from .layer import LayerStatistics
+from .place import COMPUTED, Place
 
 _BLOCK = 256  # rows of the sum that are added to at a time: (1 + block/n)/2 of the products of a full one
 
 
 def add_second_moment(
-    statistics: LayerStatistics, stream: str, rows: Float[Tensor, "tokens n"], device: torch.device | None = None
+    statistics: LayerStatistics, stream: str, rows: Float[Tensor, "tokens n"], place: Place = COMPUTED
 ) -> None:
     """Add ``rowsᵀ rows`` to the lower triangle of a sum (and some of the upper one); `mirror` completes it."""
     n = rows.shape[1]
     held = getattr(statistics, stream)
     if held is None:
-        held = rows.new_zeros(n, n, device=device or rows.device)
+        held = place.zeros((n, n), rows.dtype, rows.device)
         setattr(statistics, stream, held)
     if held.device != rows.device:
         held.add_((rows.mT @ rows).to(held.device))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..processes import Processes
 from .layer import LayerStatistics, Shared
+from .place import COMPUTED, Place
 from .request import INPUT_STREAMS
 
 _COUNTS = ("sequences", "tokens", "labels")
@@ -31,7 +32,10 @@ class _Layer(NamedTuple):
 
 
 def add_up(
-    statistics: Mapping[str, LayerStatistics], processes: Processes, devices: Mapping[str, torch.device]
+    statistics: Mapping[str, LayerStatistics],
+    processes: Processes,
+    devices: Mapping[str, torch.device],
+    place: Place = COMPUTED,
 ) -> None:
     """Replace the sums of every layer by those over all processes, also where this one has seen no token of it.
 
@@ -40,7 +44,8 @@ def add_up(
     Args:
         statistics: the sums by layer name, for the same layers in every process.
         processes: the processes.
-        devices: where a layer's sums are to be that this process has none of.
+        devices: where the sums of a layer are computed.
+        place: where they live.
     """
     if processes.size == 1:
         return
@@ -59,8 +64,10 @@ def add_up(
             if unit not in units:
                 own = getattr(sums, stream)
                 if own is None:
-                    own = torch.zeros(shape, dtype=dtype, device=devices[name])
-                units[unit] = own.clone() if id(own) in taken else own  # shared here, but not everywhere
+                    own = place.zeros(shape, dtype, devices[name])
+                elif id(own) in taken:  # shared here, but not everywhere
+                    own = place.zeros(shape, dtype, devices[name]).copy_(own)
+                units[unit] = own
                 taken.add(id(own))
             setattr(sums, stream, units[unit])
     processes.add_up(units.values())

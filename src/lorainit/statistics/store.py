@@ -131,18 +131,19 @@ def collect_cached(
     is_file = cache.suffix == ".safetensors"
     if data is None and not is_file:
         raise LoraInitError(f"without data, cache must name the statistics' file itself, got the folder '{cache}'")
+    parts = [part for site in sites for part in site.members]
     known = None if data is None else data_fingerprint(data, max_batches, request.samples, processes)
     origin = Origin(model_fingerprint(model), known)
-    path = cache if is_file else cache / f"{origin.model[:16]}-{(known or '')[:16]}-{_key(request, sites)}.safetensors"
+    path = cache if is_file else cache / f"{origin.model[:16]}-{(known or '')[:16]}-{_key(request, parts)}.safetensors"
     if data is not None and not all(processes.exchange(path.exists())):
-        other = None if is_file else _covering(cache, sites, request, origin)
+        other = None if is_file else _covering(cache, parts, request, origin)
         if all(processes.exchange(other is not None)) and other is not None:
             return other
         found = collect(model, sites, data, request, max_batches=max_batches, processes=processes, **options)
         if processes.rank == 0:
             save(path, found, request, origin)
         return found, {"file": str(path), "collected": True, "data": known}
-    return load(path, sites, request, origin), {"file": str(path), "collected": False, "data": known}
+    return load(path, parts, request, origin), {"file": str(path), "collected": False, "data": known}
 
 
 def _covering(
@@ -217,7 +218,8 @@ def _read(
             raise LoraInitError(f"'{path}' is damaged: layer '{site.name}' has counts {counts}")
         sums = LayerStatistics(**counts)
         sums.shared = leaders.setdefault(layer["input"], sums).shared
-        for stream, size in _needed(site, request).items():
+        unseen = site.is_routed and sums.tokens == 0
+        for stream, size in {} if unseen else _needed(site, request).items():
             wanted = stream if stream in layer["streams"] else _WHOLE.get(stream)
             if wanted is None or wanted not in layer["streams"]:
                 raise _NotCovered(f"the statistics in '{path}' lack '{stream}' of layer '{site.name}'")

@@ -10,18 +10,34 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LoraInitError, NonFiniteError
+from ..experts import Expert
 from ..sites import LoraSite
 from ..sketches import test_matrix
-from .batches import NO_BATCH, LossFunction, count_rows, count_terms, forward, position_masks, split_rows
+from .batches import (
+    NO_BATCH,
+    LossFunction,
+    count_rows,
+    count_terms,
+    describe,
+    forward,
+    loss_in,
+    position_masks,
+    split_rows,
+    without_padding,
+)
+from .expert_calls import eager_experts, telling
 from .inputs import add_inputs
 from .layer import LayerStatistics
+from .lockstep import Part, Passes
 from .output_gradients import add_output_gradients
+from .place import COMPUTED, Place
 from .positions import counted, geometry, input_positions, output_positions
 from .request import INPUT_STREAMS, WEIGHT_GRADIENT_STREAMS, Request
 from .second_moment import mirror
@@ -55,6 +71,23 @@ class _Input:
         return self._projected[columns]
 
 
+class _Counts(NamedTuple):
+    """What is to be known about a part of the data to count it.
+
+    Attributes:
+        rows: how many it has.
+        masks: which of its positions count.
+        gradients: whether its gradients do.
+    """
+
+    rows: int
+    masks: dict[str, Tensor]
+    gradients: bool
+
+
+_NOTHING = _Counts(0, {}, False)
+
+
 class Watch:
     """A context in which a group of layers is watched.
 
@@ -62,67 +95,99 @@ class Watch:
         statistics: the sums by layer name; complete after `finish`.
     """
 
-    def __init__(
-        self, model: nn.Module, sites: list[LoraSite], request: Request, *, store: torch.device | None = None
-    ) -> None:
-        self.model, self.sites, self.request, self.store = model, sites, request, store
+    def __init__(self, model: nn.Module, sites: list[LoraSite], request: Request, *, place: Place = COMPUTED) -> None:
+        self.model, self.sites, self.request, self.place = model, sites, request, place
+        self._passes = Passes()
         seed = request.sketch.seed if request.sketch else 0
         self.statistics = {site.name: LayerStatistics(sketch_seed=seed) for site in sites}
         self._streams = {site.name: request.streams_of(site) for site in sites}
         self._tests: dict[tuple[Any, ...], Tensor] = {}
-        self._handles: list[Any] = []
+        self._experts = [site for site in sites if isinstance(site, Expert)]
+        self._routed = any(expert.is_routed for expert in self._experts)
+        self._attached = contextlib.ExitStack()
         self._leader: dict[str, str] = {}
         self._inputs: dict[str, _Input] = {}
         self._known: dict[int, weakref.ref[_Input]] = {}
-        self._masks: dict[str, Tensor] = {}
+        self._counts = _NOTHING
         self._sizes: list[tuple[str, str, Tensor]] = []
-        self._batch, self._row, self._rows = -1, 0, 0
+        self._batch, self._row = -1, 0
         self._calls: Counter[str] = Counter()
         self._calls_at_first: Counter[str] = Counter()
         self._in_backward = False
 
     def __enter__(self) -> Watch:
-        """Attach the hooks."""
+        """Attach the hooks, and listen for what the experts compute."""
         for site in self.sites:
-            self._handles.append(site.base_layer.register_forward_hook(self._hook(site)))
+            if not isinstance(site, Expert):
+                self._attached.callback(site.base_layer.register_forward_hook(self._hook(site)).remove)
+        if self._experts:
+            self._attached.enter_context(eager_experts(self._experts))
+            self._attached.enter_context(telling(self._experts, self._observe))
         return self
 
     def __exit__(self, *_: object) -> None:
         """Remove them."""
-        for handle in self._handles:
-            handle.remove()
+        self._attached.close()
 
-    def run(self, batch: Any, loss_function: LossFunction, micro_batch: int | None = None) -> None:
-        """Add one batch to the sums.
+    def run(
+        self,
+        batches: Iterable[Any],
+        *,
+        passes: Passes | None = None,
+        loss_function: LossFunction | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        """Add batches to the sums.
 
         Args:
-            batch: as the model takes it.
-            loss_function: (model, batch) -> (summed loss, number of terms).
-            micro_batch: so many rows at a time; None: the whole batch, or one row where the loss is a mean over rows.
+            batches: as the model takes them.
+            passes: how the model runs; default: it is all here.
+            loss_function: (model, batch) -> (summed loss, number of terms); default: the model's own loss.
+            micro_batch: so many rows at a time; None: the whole batch. One row where the loss is a mean over rows, or
+                where it has to be known which row, or which padding, a token that an expert sees comes from.
 
         Raises:
             LoraInitError: a batch that the model refuses or that has no labels, positions that cannot be told apart.
             NonFiniteError: NaN or infinity in an input or a gradient.
+            MemoryError: memory ran out in another process that runs the same passes.
         """
-        self._batch += 1
-        size = 1 if self.request.loss == "sequence_mean" else micro_batch
-        for part in [batch] if size is None else split_rows(batch, size):
-            self._row, self._rows = self._row + self._rows, count_rows(part)
-            self._masks = position_masks(self.model, part, self.request.mask)
+        self._passes = passes or Passes()
+        for part, counts in self._passes.each(self._parts(batches, micro_batch)):
             self._calls.clear()
             self._known.clear()
-            # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
-            whole = size is None or self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
-            if self.request.needs_gradients and (whole or count_terms(self.model, part) != 0):
+            self._counts = counts or _NOTHING
+            # in step with others, this one runs a backward where they do
+            if self.request.needs_gradients and (self._counts.gradients or self._passes.in_step):
                 self._forward_backward(part, loss_function)
             else:
-                with torch.no_grad(), contextlib.suppress(_LastLayerSeen):
+                with torch.no_grad(), contextlib.suppress(_LastLayerSeen), self._passes.one():
                     forward(self.model, part)
             self._calls_at_first = self._calls_at_first or self._calls.copy()
             for statistics in self.statistics.values():
-                statistics.sequences += self._rows
+                statistics.sequences += self._counts.rows
+            self._row += self._counts.rows
             self._inputs.clear()
-        self._check_finite()
+
+    def _parts(self, batches: Iterable[Any], micro_batch: int | None) -> Iterator[Part[_Counts]]:
+        """Yield the batches in parts that run at a time; raise if one that has run was not finite."""
+        for batch in batches:
+            self._batch += 1
+            # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
+            whole = self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
+            for part in self._split(batch, micro_batch):
+                masks = position_masks(self.model, part, self.request.mask)
+                gradients = self.request.needs_gradients and (whole or count_terms(self.model, part) != 0)
+                yield part, _Counts(count_rows(part), masks, gradients)
+            self._check_finite()
+
+    def _split(self, batch: Any, micro_batch: int | None) -> list[Any]:
+        """Return the parts of a batch that run at a time."""
+        masks = position_masks(self.model, batch, "attention") if self._routed else {}
+        padded = "input" in masks and not bool(masks["input"].all())
+        by_row = self._routed and "odd_weight_gradient" in self.request.streams
+        size = 1 if padded or by_row or self.request.loss == "sequence_mean" else micro_batch
+        parts = [batch] if size is None else split_rows(batch, size)
+        return [without_padding(part) for part in parts] if padded else parts
 
     def finish(self) -> dict[str, LayerStatistics]:
         """Complete the sums and hand them over.
@@ -134,9 +199,11 @@ class Watch:
         found, self.statistics = self.statistics, {}
         if not any(statistics.sequences for statistics in found.values()):
             raise LoraInitError(NO_BATCH)
-        unseen = [name for name, statistics in found.items() if statistics.tokens == 0]
-        if unseen:
-            raise LoraInitError(f"layer '{unseen[0]}' saw no token of the calibration data ({len(unseen)} such layers)")
+        if unseen := self._unseen(found):
+            kernel = " (or its experts run in a kernel that is not torch's)" if self._routed else ""
+            raise LoraInitError(
+                f"layer '{unseen[0]}' saw no token of the calibration data{kernel} ({len(unseen)} such layers)"
+            )
         done: set[int] = set()
         for name, statistics in found.items():
             for stream in sorted(self._streams[name]):
@@ -150,42 +217,65 @@ class Watch:
                     raise NonFiniteError(f"layer '{name}': the sum {stream} overflows")
         return found
 
-    def _forward_backward(self, batch: Any, loss_function: LossFunction) -> None:
+    def _unseen(self, found: dict[str, LayerStatistics]) -> list[str]:
+        """Return the layers that saw no token; an expert may have seen none if another one of its stack has."""
+        seen = {id(site.layer) for site in self.sites if found[site.name].tokens}
+        return [site.name for site in self.sites if id(site.layer) not in seen]
+
+    def _forward_backward(self, batch: Any, loss_function: LossFunction | None) -> None:
         with torch.enable_grad():
-            loss, terms = loss_function(self.model, batch)
+            loss, terms = self._loss(batch) if loss_function is None else loss_function(self.model, batch)
         self._inputs.clear()  # from here on an input lives as long as the graph needs it
-        if not torch.isfinite(loss):
+        if self._counts.gradients and terms == 0:
+            raise LoraInitError(f"a calibration batch ({describe(batch)}) has no label that counts: all are -100")
+        if self._counts.gradients and not torch.isfinite(loss):
             raise NonFiniteError(f"batch {self._batch}: the loss is {float(loss)}")
         if not loss.requires_grad:
             raise LoraInitError("the loss does not depend on any layer that is to be started")
+        self._passes.meet()
         self._in_backward = True
         try:
-            (loss / terms if self.request.loss == "sequence_mean" else loss).backward()
+            with self._passes.one():
+                (loss / terms if self.request.loss == "sequence_mean" else loss).backward()
         finally:
             self._in_backward = False
         for statistics in self.statistics.values():
-            statistics.labels += terms
+            statistics.labels += terms if self._counts.gradients else 0
+
+    def _loss(self, batch: Any) -> tuple[Tensor, int]:
+        """Return the model's own summed loss, and the number of its terms."""
+        with self._passes.one():
+            output = forward(self.model, batch)
+        return loss_in(output, self.model, batch)
 
     def _hook(self, site: LoraSite) -> Any:
-        streams = self._streams[site.name]
-
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            seen = self._seen(site, inputs[0])
-            if not self._in_backward:  # a checkpointed block runs again there: its inputs are counted already
-                self._add_input(site, seen, inputs[0])
-                self._calls[site.name] += 1
-                if self._is_last_call():
-                    raise _LastLayerSeen
-            if not (self.request.needs_gradients and torch.is_grad_enabled()):
-                return None
-            # where nothing upstream needs a gradient the graph begins here; a clone, so that what follows may work in
-            # place on it
-            result = output if output.requires_grad else output.detach().requires_grad_().clone()
-            keep = seen if streams & WEIGHT_GRADIENT_STREAMS else None
-            result.register_hook(lambda gradient: self._add_gradient(site, keep, gradient))
-            return result
+            return self._observe(site, inputs[0], output)
 
         return hook
+
+    def _observe(self, site: LoraSite, x: Tensor, output: Tensor) -> Tensor | None:
+        """Add a layer's input to its sums; return the output with a hook for its gradient, if that is asked for."""
+        seen = self._passes.attempt(self._see, site, x) if self._counts is not _NOTHING else None
+        if self._is_last_call():
+            raise _LastLayerSeen
+        if not (self.request.needs_gradients and torch.is_grad_enabled()):
+            return None
+        # where nothing upstream needs a gradient the graph begins here; a clone, so that what follows may work in
+        # place on it
+        result = output if output.requires_grad else output.detach().requires_grad_().clone()
+        keep = seen if self._streams[site.name] & WEIGHT_GRADIENT_STREAMS else None
+        if self._counts.gradients:
+            result.register_hook(lambda gradient: self._passes.attempt(self._add_gradient, site, keep, gradient))
+        return result
+
+    def _see(self, site: LoraSite, x: Tensor) -> _Input:
+        """Add an input that a layer gets, and return it."""
+        seen = self._seen(site, x)
+        if not self._in_backward:  # a checkpointed block runs again there: its inputs are counted already
+            self._add_input(site, seen, x)
+            self._calls[site.name] += 1
+        return seen
 
     def _seen(self, site: LoraSite, x: Tensor) -> _Input:
         """Return what is known about an input: the very object, if another layer has got the same tensor."""
@@ -202,8 +292,10 @@ class Watch:
         Layers that did not run at all in the first batch (an expert without tokens) may run later in this one: then the
         pass is never cut.
         """
+        if self.request.needs_gradients or self._passes.in_step:
+            return False
         first = self._calls_at_first
-        return not self.request.needs_gradients and len(first) == len(self.sites) and self._calls == first
+        return len(first) == len(self.sites) and self._calls == first
 
     def _add_input(self, site: LoraSite, seen: _Input, x: Tensor) -> None:
         """Add a layer's input to its sums, or take over its leader's: the first layer that got the very same tensor."""
@@ -219,10 +311,10 @@ class Watch:
                 setattr(statistics, stream, getattr(self.statistics[leader], stream))
             return
         self._inputs[site.name] = seen
-        rows = counted(site, input_positions(site, x.detach()), x, self._masks).to(self.request.dtype)
+        rows = counted(site, input_positions(site, x.detach()), x, self._counts.masks).to(self.request.dtype)
         self._sizes.append((site.name, "its inputs", rows.sum()))
         test = self._test("in", site) if "input_sketch" in streams else None
-        add_inputs(statistics, rows, streams, test, self.store)
+        add_inputs(statistics, rows, streams, test, self.place)
 
     def _can_lead(self, name: str, site: LoraSite) -> bool:
         """Say whether a layer collects what another one with the same input needs: the same streams and sketch."""
@@ -237,17 +329,17 @@ class Watch:
         every = output_positions(site, gradient).to(dtype)
         self._sizes.append((site.name, "its output gradient", every.sum()))
         if streams & {"output_gradient_squares", "output_gradient_second_moment"}:
-            add_output_gradients(statistics, counted(site, every, gradient, self._masks), streams, self.store)
+            add_output_gradients(statistics, counted(site, every, gradient, self._counts.masks), streams, self.place)
         if seen is None:
             return
         options: dict[str, Any] = {}
         if "odd_weight_gradient" in streams:
-            odd = (torch.arange(self._rows, device=every.device) + self._row) % 2 == 1
-            options["odd"] = odd.repeat_interleave(every.shape[0] // self._rows)
+            odd = (torch.arange(self._counts.rows, device=every.device) + self._row) % 2 == 1
+            options["odd"] = odd.repeat_interleave(every.shape[0] // self._counts.rows)
         if "gradient_range" in streams:
             options["projected"] = seen.projected(self._test("in", site))
             options["test_out"] = self._test("out", site)
-        add_weight_gradient(statistics, every, seen.rows(), streams, device=self.store, **options)
+        add_weight_gradient(statistics, every, seen.rows(), streams, place=self.place, **options)
 
     def _test(self, side: Any, site: LoraSite) -> Tensor:
         """Return the test matrix of a layer's inputs, or of its outputs."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
-
 from .._typing import Float, Tensor
 from .layer import LayerStatistics
+from .place import COMPUTED, Place
 
 
 def add_weight_gradient(
@@ -19,7 +18,7 @@ def add_weight_gradient(
     odd: Tensor | None = None,
     projected: Float[Tensor, "tokens k"] | None = None,
     test_out: Float[Tensor, "out l"] | None = None,
-    device: torch.device | None = None,
+    place: Place = COMPUTED,
 ) -> None:
     """Add the share of some positions to a layer's weight gradient, or to its sketches: those never form G.
 
@@ -31,16 +30,16 @@ def add_weight_gradient(
         odd: which positions belong to the odd rows of the data, for ``"odd_weight_gradient"``.
         projected: x Ω, for ``"gradient_range"``: GΩ = Σ g (xᵀΩ).
         test_out: Ψᵀ, for ``"gradient_corange"``: ΨG = Σ (Ψg) xᵀ.
-        device: where the sums live; default: where the gradients are.
+        place: where the sums live.
     """
     if "weight_gradient" in streams:
-        statistics.add_product("weight_gradient", gradients.mT, inputs, device)
+        statistics.add_product("weight_gradient", gradients.mT, inputs, place)
     if "odd_weight_gradient" in streams:
         assert odd is not None
-        statistics.add_product("odd_weight_gradient", gradients[odd].mT, inputs[odd], device)
+        statistics.add_product("odd_weight_gradient", gradients[odd].mT, inputs[odd], place)
     if "gradient_range" in streams:
         assert projected is not None
-        statistics.add_product("gradient_range", gradients.mT, projected, device)
+        statistics.add_product("gradient_range", gradients.mT, projected, place)
     if "gradient_corange" in streams:
         assert test_out is not None
-        statistics.add_product("gradient_corange", (gradients @ test_out).mT, inputs, device)
+        statistics.add_product("gradient_corange", (gradients @ test_out).mT, inputs, place)
