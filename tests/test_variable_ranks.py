@@ -12,6 +12,8 @@ import cases
 import lorainit
 from cases import CASES, CONV, GPT2, LLAMA, TWIN
 from lorainit import LoraInitError, RankRule, offset
+from lorainit.apply import Undo
+from lorainit.resize import resize
 from lorainit.sites import find_sites
 
 SPECTRAL = [info.name for info in lorainit.available() if info.variable_ranks]
@@ -122,6 +124,17 @@ def test_another_adapter_on_a_layer_that_loses_one_stays():
     assert "other" in layer.lora_A
     assert name in ranks(model, "other")
     cases.logits(model, TWIN.batch())
+
+
+def test_one_of_two_dora_adapters_leaves_a_layer_and_comes_back_on_failure():
+    model = TWIN.adapted(use_dora=True)
+    model.add_adapter("other", TWIN.lora_config(use_dora=True))
+    sites, undo = find_sites(model)[0], Undo()
+    tables = [sites[0].layer.lora_A, sites[0].layer.lora_magnitude_vector]
+    resize(model, sites, {site.name: site.rank for site in sites} | {sites[0].name: 0}, undo)
+    assert [list(table) for table in tables] == [["other"], ["other"]]
+    undo.restore()
+    assert [list(table) for table in tables] == [["default", "other"], ["default", "other"]]
 
 
 def test_excluded_modules_of_the_config_stay_excluded(tmp_path):

@@ -82,7 +82,8 @@ def _take_off(model: nn.Module, site: LoraSite, undo: Undo) -> None:
         undo.call(lambda: setattr(parent, leaf, layer))
         setattr(parent, leaf, layer.get_base_layer())
         return
-    tables = [getattr(layer, table) for table in layer.adapter_layer_names + layer.other_param_names]
+    # PEFT names the table of DoRA's magnitudes once for every adapter that has one
+    tables = [getattr(layer, table) for table in dict.fromkeys(layer.adapter_layer_names + layer.other_param_names)]
     candidates: list[Any] = [*tables, layer.lora_variant]
     kinds = (dict, nn.ModuleDict, nn.ParameterDict)
     held = [(table, dict(table.items())) for table in candidates if isinstance(table, kinds) and name in table]
