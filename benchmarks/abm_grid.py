@@ -353,15 +353,16 @@ def summary() -> list[str]:
     vanilla, taught = (statistics.mean(losses("sst2", arm, slow).values()) for arm in ("vanilla", "abm-own-kaiming"))
     moved = max(abs(statistics.mean(gap(task, "abm-base-kaiming"))) for task in TASKS)
     text = (
-        "The best of six arms is shown: one or another is ahead by chance. With the base as its teacher and vanilla's own "
-        f"origin, stage 1 moves the loss by at most {moved:.3f} either way, hardly more than a random B of the same norm "
-        "does. With a teacher that was trained on the task it helps on the stories. There, on SST-2 and on MRPC, going on "
-        "from that teacher, or taking as many more steps on the task as stage 1 took rows for, helps more, and matching "
-        "the pre-activations themselves does at least as much as matching their signs. The orthogonal origin costs more "
-        f"on the stories than stage 1 gains. At {slow:g} on SST-2, too small a rate for vanilla ({vanilla:.3f}), ABM with "
-        f"such a teacher ({taught:.3f}) looks far ahead: what it brings there is the teacher's training. CoLA, MRPC and "
-        "RTE have one rate, the best of both vanilla and ABM on SST-2; in so few steps CoLA stays at the majority class "
-        "and RTE at chance, so these two say nothing."
+        "The best of six arms is shown: one or another is ahead by chance. With the base as its teacher and "
+        f"vanilla's own origin, stage 1 moves the loss by at most {moved:.3f} either way, hardly more than a "
+        "random B of the same norm does. With a teacher that was trained on the task it helps on the stories. "
+        "There, on SST-2 and on MRPC, going on from that teacher, or taking as many more steps on the task as "
+        "stage 1 took rows for, helps more, and matching the pre-activations themselves does at least as much "
+        "as matching their signs. The orthogonal origin costs more on the stories than stage 1 gains. At "
+        f"{slow:g} on SST-2, too small a rate for vanilla ({vanilla:.3f}), ABM with such a teacher "
+        f"({taught:.3f}) looks far ahead: what it brings there is the teacher's training. CoLA, MRPC and RTE "
+        "have one rate, the best of both vanilla and ABM on SST-2; in so few steps CoLA stays at the majority "
+        "class and RTE at chance, so these two say nothing."
     )
     return [*lines, "", *textwrap.wrap(text, 120), ""]
 
