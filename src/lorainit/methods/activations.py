@@ -10,7 +10,7 @@ import torch
 
 from .._typing import Float, Tensor
 from ..errors import LoraInitError, NonFiniteError, UnsupportedLayerError
-from ..linalg import SVD, exact_svd, randomized_svd
+from ..linalg import SVD, exact_svd, frobenius_norm, randomized_svd
 from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
 from .method import Factors
@@ -31,10 +31,11 @@ def mean_of(site: LoraSite, statistics: LayerStatistics, stream: Stream) -> Tens
         raise LoraInitError(f"layer '{site.name}': the statistic '{stream}' was not collected")
     if statistics.tokens < 1:
         raise UnsupportedLayerError(f"layer '{site.name}' saw no tokens in the calibration data")
-    if not bool(total.isfinite().all()):
+    size = frobenius_norm(total.flatten()[None])  # one read; `isfinite` of a large moment makes three copies
+    if not math.isfinite(size):
         raise NonFiniteError(f"layer '{site.name}': the statistic '{stream}' holds NaN or infinite entries")
     # a sum of inputs may well cancel; squares and magnitudes do not
-    if stream != "input_sum" and not bool(total.any()):
+    if stream != "input_sum" and size == 0:
         raise UnsupportedLayerError(f"layer '{site.name}': its inputs are all zero in the calibration data")
     return total.to(site.device) / statistics.tokens
 
