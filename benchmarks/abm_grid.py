@@ -293,6 +293,21 @@ def early(r: dict[str, Any]) -> float:
     return statistics.mean(value for step, value in r["curves"]["loss"] if step <= steps / 5)
 
 
+def gap(task: str, arm: str) -> list[float]:
+    """Return an arm's losses at its best rate less vanilla's at its own, by seed."""
+    mine, reference = (losses(task, each, best_rate(task, each)) for each in (arm, "vanilla"))
+    return [mine[seed] - reference[seed] for seed in mine if seed in reference]
+
+
+def beside_vanilla(task: str, arm: str) -> str:
+    """Return the mean gap with its interval, a dash for vanilla itself."""
+    found = gap(task, arm)
+    if not found or arm == "vanilla":
+        return "-"
+    mean = f"{statistics.mean(found):+.3f}"
+    return mean + " [{:+.3f}, {:+.3f}]".format(*interval(found)) if len(found) > 1 else mean
+
+
 def section(task: str) -> list[str]:
     """Return the table of one task."""
     chosen = [arm for arm in ARMS if any(losses(task, arm, rate) for rate in rates(task))]
@@ -301,7 +316,6 @@ def section(task: str) -> list[str]:
     columns = " | ".join(f"{rate:g}" for rate in rates(task))
     head = f"| arm | {columns} | best − vanilla's best [95 %] | score | early training loss | agreement | start s |"
     lines = [f"## {Job('run', task, 0).model}, {task}", "", head, "|---" * (head.count("|") - 1) + "|"]
-    reference = losses(task, "vanilla", best_rate(task, "vanilla"))
     for arm in chosen:
         rate = best_rate(task, arm)
         cells = []
@@ -309,14 +323,9 @@ def section(task: str) -> list[str]:
             values = list(losses(task, arm, column).values())
             text = f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}" if values else ""
             cells.append(f"**{text}**" if column == rate else text)
-        mine = losses(task, arm, rate)
-        paired = [mine[seed] - reference[seed] for seed in mine if seed in reference]
         found = [r for r in (result(Job("run", task, seed, arm, rate)) for seed in SEEDS) if r]
-        gap = f"{statistics.mean(paired):+.3f}" if paired and arm != "vanilla" else "-"
-        if len(paired) > 1 and arm != "vanilla":
-            gap += " [{:+.3f}, {:+.3f}]".format(*interval(paired))
         scores = [score(r) for r in found]
-        cells += [gap, "-" if None in scores else f"{statistics.mean(map(float, scores)):.3f}"]
+        cells += [beside_vanilla(task, arm), "-" if None in scores else f"{statistics.mean(map(float, scores)):.3f}"]
         cells.append(f"{statistics.mean(map(early, found)):.3f}")
         details = [r["init"]["details"] for r in found]
         agreed = [d["after"]["held_out"]["agreement"] for d in details if d.get("after")]
@@ -324,12 +333,6 @@ def section(task: str) -> list[str]:
         cells += [f"{statistics.mean(agreed):.3f}" if agreed else "-", f"{seconds:.1f}"]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return [*lines, ""]
-
-
-def gap(task: str, arm: str) -> list[float]:
-    """Return an arm's losses at its best rate less vanilla's at its own, by seed."""
-    mine, reference = (losses(task, each, best_rate(task, each)) for each in (arm, "vanilla"))
-    return [mine[seed] - reference[seed] for seed in mine if seed in reference]
 
 
 def summary() -> list[str]:
@@ -346,8 +349,7 @@ def summary() -> list[str]:
         cells = [f"{Job('run', task, 0).model}, {task}"]
         for group in (ABM, [arm for arm in ARMS if arm not in ABM and arm != "vanilla"]):
             best = min(group, key=lambda arm: statistics.mean(gap(task, arm)))
-            found = gap(task, best)
-            cells += [best, "{:+.3f} [{:+.3f}, {:+.3f}]".format(statistics.mean(found), *interval(found))]
+            cells += [best, beside_vanilla(task, best)]
         lines.append("| " + " | ".join(cells) + " |")
     slow = RATES["sst2"][0]
     vanilla, taught = (statistics.mean(losses("sst2", arm, slow).values()) for arm in ("vanilla", "abm-own-kaiming"))

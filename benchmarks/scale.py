@@ -5,8 +5,9 @@
 Blocks of random weights with the layers of a LLaMA's MLP (up and down, ratio 2.6875) run on random inputs. Every
 measurement is made in a fork of a process that has imported everything: CPU seconds (the machine may be shared), least
 of the repeats, and the peak of resident memory above the model's. ``wide``: LLaMA-2-7B's own 4096×11008 layers beside
-6 GiB. ``budget``: the measured peak beside ``memory_budget``. ``disk``: the peak of the process's own memory (anonymous
-pages, sampled every millisecond) with the sums in a folder. Exponents: least squares of log cost on log size.
+6 GiB, under torch's profiler. ``budget``: the measured peak beside ``memory_budget``. ``disk``: the peak of the
+process's own memory (anonymous pages, sampled every millisecond) with the sums in a folder. Exponents: least squares of
+log cost on log size.
 """
 
 from __future__ import annotations
