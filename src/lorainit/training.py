@@ -466,6 +466,8 @@ def _training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     unknown = sorted(set(fields) - known)
     if unknown:
         raise LoraInitError(f"train: {unknown} are no fields of transformers.TrainingArguments")
+    if fields.get("bf16") and not torch.accelerator.is_available():
+        fields = {"use_cpu": True} | fields  # without it Transformers takes mixed precision for a GPU's alone
     try:
         return TrainingArguments(output_dir=str(output), seed=recipe.seed, **fields)
     except (TypeError, ValueError) as error:
