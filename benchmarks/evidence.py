@@ -8,7 +8,8 @@ Over tasks: the mean, Student's interval, and the p of the t-test, Holm-adjusted
 hold diagnoses, each method also gets entries for the lower and the upper half of the tasks by each diagnostic of
 vanilla's start, and one for vanilla's rate with match_lr.
 
-The table is evidence for the tasks that it names only: `auto` has to be judged on others.
+The table is evidence for the tasks that it names; `auto` has to be judged on others. So for each task the table also
+tells what a table made from all the others would have chosen there, and what that start gained (``left_out``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from lorainit.bench import statistics
 from lorainit.bench.results import Results
 from lorainit.bench.suite import read
 from lorainit.bench.table import tables
+from lorainit.methods.auto import Auto
 
 STARTS = Path("benchmarks/results/starts")
 TABLE = Path("src/lorainit/methods/evidence.json")
@@ -105,6 +108,20 @@ def subsets(tasks: list[Task]) -> list[tuple[dict[str, list[float]], list[Task]]
     return found
 
 
+def left_out(tasks: list[Task]) -> list[dict[str, Any]]:
+    """Return for each task what `auto` chooses there by the evidence of the others, and the gain that it had."""
+    found = []
+    for task in tasks:
+        with tempfile.NamedTemporaryFile("w+", suffix=".json") as file:
+            json.dump({"entries": entries([other for other in tasks if other is not task])}, file)
+            file.flush()
+            choice = Auto(evidence=file.name).choose(task.features, with_data=True)
+        chosen = (choice.method.info.name, choice.match_lr)
+        gain = 0.0 if chosen == ("kaiming", False) else task.gains[chosen]
+        found.append({"task": task.name, "method": chosen[0], "match_lr": chosen[1], "gain": float(f"{gain:.4g}")})
+    return found
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="folders of `lorainit bench`")
@@ -115,9 +132,10 @@ if __name__ == "__main__":
         "made_by": " ".join(["python benchmarks/evidence.py", *map(str, options.folders)]),
         "sources": [str(source) for source in sources],
         "tasks": [task.name for task in known],
+        "left_out": left_out(known),
         "entries": entries(known),
     }
-    head = ",\n".join(f"{json.dumps(key)}: {json.dumps(table[key])}" for key in ("made_by", "sources", "tasks"))
+    head = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in table.items() if k != "entries")
     rows = ",\n".join(f"  {json.dumps(entry)}" for entry in table["entries"])
     TABLE.write_text(f'{{\n{head},\n"entries": [\n{rows}\n]\n}}\n')
     print(TABLE.read_text())

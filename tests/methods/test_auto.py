@@ -56,6 +56,19 @@ def test_the_committed_evidence_is_what_the_script_makes_of_the_committed_result
     assert [lorainit.methods.auto.Evidence(**e) for e in made] == Auto().table()
 
 
+def test_each_task_is_judged_by_a_table_that_has_not_seen_it(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import evidence
+
+    gains = [0.050, 0.051, 0.052, 0.053, -0.5]
+    tasks = [evidence.Task(f"task {k}", {("loram", False): gain}, {}) for k, gain in enumerate(gains)]
+    judged = evidence.left_out(tasks)
+    assert [row["task"] for row in judged] == [task.name for task in tasks]
+    # the last task undoes the evidence where it counts, and is the one that the evidence of the others is wrong about
+    assert [row["method"] for row in judged] == ["kaiming"] * 4 + ["loram"]
+    assert [row["gain"] for row in judged] == [0.0] * 4 + [-0.5]
+
+
 @pytest.mark.parametrize(
     ("entries", "features", "with_data", "expected"),
     [
