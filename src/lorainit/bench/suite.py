@@ -83,6 +83,7 @@ class Search:
         grace: of ``asha``: evaluations before a trial may be stopped.
         reduction: of ``asha``: one in so many goes on.
         final_seeds: seeds at the best rate; default: the suite's. Seeds that the search has not seen are unbiased.
+        compare_seeds: seeds at vanilla's and at the suggested rate, and with match_lr; default: the suite's.
     """
 
     schedule: Literal["bracket", "grid", "asha"] = "bracket"
@@ -93,6 +94,7 @@ class Search:
     grace: int = 1
     reduction: float = 3.0
     final_seeds: list[int] | None = None
+    compare_seeds: list[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,8 @@ class Cell:
     @property
     def comparison_seeds(self) -> list[int]:
         """The seeds of the runs at vanilla's and at the suggested rate."""
-        return self.suite.compare_seeds if self.suite.compare_seeds is not None else self.final_seeds
+        chosen = self.search.compare_seeds, self.suite.compare_seeds, self.final_seeds
+        return next(seeds for seeds in chosen if seeds is not None)
 
     @functools.cached_property
     def name(self) -> str:
