@@ -30,7 +30,7 @@ HEAD = """# Learning rates: what `suggest_lr` says and what was found
 Made by `python benchmarks/learning_rates.py` from `benchmarks/results/reference/`; the suite is
 `recipes/bench/learning_rates.yaml`. Rates a factor 2 apart, chosen by the evaluation loss; "tuned" is the vertex of the
 parabola through the best rate and its neighbours, on the log scale; * marks a best rate at the edge of those tried.
-"Suggested" is `suggest_lr`'s rate (with data) from vanilla's tuned one. Losses after training: mean ± standard error
+"Suggested" is `suggest_lr`'s rate (without data) from vanilla's tuned one. Losses after training: mean ± standard error
 over seeds (in brackets: how many, where fewer than three).
 """
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorainit
-from cases import CONV, DATA_DRIVEN, GPT2, LLAMA, METHODS, VIT, Snapshot, each_case, start
+from cases import BERT, CONV, DATA_DRIVEN, GPT2, LLAMA, METHODS, VIT, Snapshot, each_case, start
 from lorainit import LoraInitError, suggest_lr
 from lorainit.diagnostics.curvature import AdapterLoss
 
@@ -41,6 +41,15 @@ def test_a_matched_start_gets_vanillas_rate(case, method) -> None:
     advice = suggest_lr(model, 1e-3)
     assert advice.per_layer == pytest.approx(dict.fromkeys(advice.per_layer, 1e-3), rel=1e-5)
     assert advice.learning_rate == pytest.approx(1e-3, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("method", "head", "told"), [("olora", True, True), ("olora", False, False), ("kaiming", True, False)]
+)
+def test_a_head_that_trains_beside_the_adapter_is_told_of_where_the_rate_is_lowered(method, head, told) -> None:
+    model = BERT.adapted(modules_to_save=["classifier"] if head else None)
+    start(model, method)
+    assert ("'classifier.modules_to_save.default.weight' trains too" in str(suggest_lr(model, 1e-3))) == told
 
 
 def test_the_rate_is_inverse_to_the_size_of_the_factors() -> None:

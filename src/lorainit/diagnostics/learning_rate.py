@@ -162,8 +162,21 @@ def _by_magnitude(
         reasons.append(
             "the layers differ much: rates of their own (per_layer), or initialize(..., match_lr=True), fit better"
         )
+    besides = _trained_besides(model)
+    if besides and not limited:
+        reasons.append(
+            f"'{besides[0]}' trains too, which is no part of the adapter ({len(besides)} such tensors) and suits "
+            "vanilla's rate: give them a parameter group of their own, or train at vanilla's rate after "
+            "initialize(..., match_lr=True)"
+        )
     per_layer = {name: reference_lr * r for name, r in ratios.items()}
     return per_layer, reference_lr * (1.0 if limited else ratio), tuple(reasons)
+
+
+def _trained_besides(model: nn.Module) -> list[str]:
+    """Return the names of trained tensors outside the adapters, such as a new head's, whose rate no start changes."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [name.removeprefix("base_model.model.") for name in trained if "lora_" not in name]
 
 
 def _sharpness_beside_vanilla(
