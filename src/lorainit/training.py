@@ -461,13 +461,13 @@ def _write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def _training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
-    fields = TRAIN_DEFAULTS | recipe.train
+    fields: dict[str, Any] = TRAIN_DEFAULTS | recipe.train
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     unknown = sorted(set(fields) - known)
     if unknown:
         raise LoraInitError(f"train: {unknown} are no fields of transformers.TrainingArguments")
     if fields.get("bf16") and not torch.accelerator.is_available():
-        fields = {"use_cpu": True} | fields  # without it Transformers takes mixed precision for a GPU's alone
+        fields.setdefault("use_cpu", True)  # without it Transformers takes mixed precision for a GPU's alone
     try:
         return TrainingArguments(output_dir=str(output), seed=recipe.seed, **fields)
     except (TypeError, ValueError) as error:
