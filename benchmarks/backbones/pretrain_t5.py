@@ -1,5 +1,6 @@
 """A small T5 with ReLU feed-forward layers, pretrained by span corruption on books, Wikipedia and stories.
 
+    pip install sentencepiece                                      # T5's own tokenizer is a file of its
     python benchmarks/backbones/pretrain_t5.py --shared FOLDER     # resumable; 20 minutes of two CPU cores
 
 ``FOLDER`` holds ``models/tokenizers/t5``, ``data/pretrain/{classic_books,wikitext2,tinystories_lowercase,
