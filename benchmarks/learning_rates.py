@@ -145,7 +145,6 @@ def targets(cells: list[list[Start]]) -> list[str]:
         "| task | within a factor 2 | mean ratio | `match_lr` loses nothing | median | largest |",
         "|---" * 6 + "|",
     ]
-    cells = [cell for cell in cells if cell]
     for name, chosen in [(title(cell), [cell]) for cell in cells] + [("all", cells)]:
         others = [start for cell in chosen for start in cell if start.label != VANILLA]
         ratios = [s.suggested / s.tuned for s in others if s.suggested is not None and not s.row.edge]
@@ -216,12 +215,12 @@ def spearman(x: list[float], y: list[float], resamples: int = 2000) -> str:
 
 def page() -> str:
     """Return the page."""
-    cells = starts()
+    cells = [cell for cell in starts() if len(cell) > 1]  # vanilla alone says nothing of a start
     lines = [HEAD, *targets(cells)]
-    for cell in filter(None, cells):
+    for cell in cells:
         lines += [*table(cell), *correlations(cell)]
     every = {f"{m.label}, {task.name}" for m in load(SUITE).models for task in m.tasks}
-    missing = every - {title(cell) for cell in cells if cell}
+    missing = every - {title(cell) for cell in cells}
     if missing:
         lines += [f"Not run, or not far enough to say anything: {'; '.join(sorted(missing))}.", ""]
     return "\n".join(lines)

@@ -77,8 +77,9 @@ def corrupt(
     block: np.ndarray, kind: tuple[float, int], sentinel: int, end: int, generator: np.random.Generator
 ) -> tuple[list[int], list[int]]:
     """Return input and target of span corruption; sentinels count downwards from ``sentinel``."""
-    noise = round(len(block) * kind[0])
-    spans = round(noise / kind[1])
+    share, mean_length = kind
+    noise = round(len(block) * share)
+    spans = round(noise / mean_length)
     lengths = np.diff([0, *sorted(generator.choice(np.arange(1, noise), spans - 1, replace=False)), noise])
     clear = len(block) - noise
     gaps = np.diff([0, *sorted(generator.choice(np.arange(1, clear), spans - 1, replace=False)), clear])
