@@ -24,7 +24,7 @@ from lorainit.processes import Processes
 from lorainit.statistics import Request, collect
 from lorainit.statistics.fingerprints import tensor_fingerprint
 
-SPLIT = "memory ran out on a group of 12 layers: it was split and the data run again"
+SPLIT = "memory ran out on a group of 24 layers: it was split and the data run again"
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ def test_killed_or_starved_processes_leave_everything_usable(outcome) -> None:
     assert left["corda"] == {"collected": False, "same": True}  # killed while it solved: the sums are there
     assert left["adapter"]  # killed while it saved
     starved = outcome["starved"]
-    assert starved["same"]
+    assert starved.get("same"), starved
     assert SPLIT in starved["warnings"]
     assert any("memory" in remark for remark in outcome["offloaded"].pop("in memory"))  # it ran out, or did not suffice
     assert outcome["offloaded"] == {"warnings": [], "same": True, "left": []}
     message = outcome["starved to death"]["message"]
-    assert "memory ran out while the statistics of 12 layers" in message
+    assert "memory ran out while the statistics of 24 layers" in message
     assert "iterated more than once" in message
 
 
