@@ -131,7 +131,7 @@ DEEP = Case(
 
 
 def starved() -> dict[str, Any]:
-    """Start in a process that may not have as much memory as all sums together take: 24 of 4.5 MB, where a layer needs some 45."""
+    """Start in a process with less memory than all sums together take: 24 of 4.5 MB, where a layer needs some 45."""
     torch.set_num_threads(1)
     model, data = DEEP.adapted(), DEEP.batches()
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import checkpoint, offset, rescale, serving, sharding
+from . import match_lr as matching
 from .apply import Base, Undo, all_or_nothing, check_can_subtract
 from .calibration import (
     Groups,
@@ -34,7 +35,7 @@ from .methods import Factors, Method, get_method
 from .methods.auto import Auto, Choice
 from .methods.method import Fit, TrainedMethod
 from .offset import is_attached
-from .one_layer import match_rate, move, row_left_alone, row_without_rank, solve, write
+from .one_layer import move, row_left_alone, row_without_rank, solve, write
 from .processes import Group, Processes, unwrapped
 from .quantized import unpacked
 from .ranks import RankRule, Rule
@@ -61,7 +62,7 @@ def initialize(
     cache: str | os.PathLike[str] | None = None,
     proxy_data: Iterable[Any] | None = None,
     on_unsupported: Literal["error", "default"] = "error",
-    match_lr: bool = False,
+    match_lr: bool | Literal["curvature"] = False,
     process_group: Group | Literal["default"] | None = "default",
     progress: bool = True,
 ) -> InitReport:
@@ -102,6 +103,9 @@ def initialize(
         match_lr: express the start at another scale (A/ρ, B/ρ, ρ²s: the same function and subspaces), so that the
             learning rate that suits vanilla LoRA suits it: at any rate of Adam or AdamW its first update is as large
             as vanilla's (or smaller, if it was). ρ stands in the report; the limits in `lorainit.rescale`.
+            ``"curvature"`` then also sees to it that the loss on (eight at most of) the batches of ``data``, with
+            labels, is no nearer to instability than with vanilla's start, as `suggest_lr` does: for starts along the
+            gradient, such as `LoRAGA`. It costs some twenty times the forward and backward passes over them.
         process_group: the processes that start this model together. Where `torch.distributed` runs with more than one
             process, this function is a **collective call** by default: every process of the default group must make
             it, alike, each with its own shard of ``data`` (an empty one is allowed). The sums over all shards decide,
@@ -131,6 +135,7 @@ def initialize(
     with processes.failing_together():
         _check_choice("base", base, ("auto", *get_args(Base)))
         _check_choice("on_unsupported", on_unsupported, ("error", "default"))
+        _check_choice("match_lr", match_lr, (False, True, "curvature"))
         return _initialize(
             _Call(
                 model=unwrapped(model),
@@ -172,7 +177,7 @@ class _Call:
     cache: str | os.PathLike[str] | None
     proxy_data: Iterable[Any] | None
     skip: Literal["error", "default"]
-    match_lr: bool
+    match_lr: bool | Literal["curvature"]
     processes: Processes
     progress: bool
     chosen: Choice | None = None
@@ -219,7 +224,7 @@ def _initialize(call: _Call) -> InitReport:
     _check_agreement(call, sites)
     layers = lora_layers(model, adapter_name)
     with all_or_nothing() as undo, unpacked(model), uncompiled():
-        scalings = rescale.begin(model, adapter_name, undo, needed=call.match_lr)
+        scalings = rescale.begin(model, adapter_name, undo, needed=bool(call.match_lr))
         with measure() as cost:
             started = _start(call, sites, undo)
         unsupported |= started.refused
@@ -260,6 +265,8 @@ def _find(call: _Call) -> tuple[list[LoraSite], dict[str, str]]:
     if call.treatment == "subtract":
         check_can_subtract(call.model, sites)
     _check_processes(sites, call)
+    if call.match_lr == "curvature":
+        matching.check_curvature(call.data, call.treatment, call.processes.size, sites)
     return sites, unsupported
 
 
@@ -271,6 +278,7 @@ def _start(call: _Call, sites: list[LoraSite], undo: Undo) -> _Started:
         details["choice"] = call.chosen.to_dict()
     remarks: list[str] = []
     starved: list[LoraSite] = []
+    scalings = {site.name: site.scaling for site in sites}
     rows: dict[str, LayerReport] = {}
     refused: dict[str, str] = {}
     batches = usable_batches(method, call.data, call.max_batches, cached=call.cache is not None)
@@ -311,18 +319,27 @@ def _start(call: _Call, sites: list[LoraSite], undo: Undo) -> _Started:
     started = [site for site in sites if site.name in rows]
     fit = _fit(call, started, batches)
     for site in started:
-        row = move(site, rows[site.name], fit.starts.get(site.name))
-        rows[site.name] = match_rate(site, row, undo) if call.match_lr else row
+        rows[site.name] = move(site, rows[site.name], fit.starts.get(site.name))
+    if call.match_lr:
+        rows |= matching.by_magnitude(started, rows, undo)
+    if call.match_lr == "curvature":
+        assert call.data is not None
+        bounded, details["curvature"] = matching.by_curvature(
+            call.model, started, rows, call.data, scalings, max_batches=call.max_batches, seed=call.seed, undo=undo
+        )
+        rows |= bounded
     return _Started(rows, refused, (*remarks, *_starved_remarks(starved), *fit.warnings), fit.details | details)
 
 
 def _chosen(call: _Call) -> _Call:
     """Make the choice of `Auto`; the fresh adapter is only diagnosed if that can change it."""
     auto = call.asked
+    if isinstance(call.data, Iterator) and (isinstance(auto, Auto) or call.match_lr == "curvature"):
+        # it is read before or after the start too
+        call = dataclasses.replace(call, data=list(itertools.islice(call.data, call.max_batches)))
     if not isinstance(auto, Auto):
         return call
-    # an iterator is read by the choice and by the start
-    data = list(call.data) if isinstance(call.data, Iterator) else call.data
+    data = call.data
     features: dict[str, float] = {}
     if data is not None and any(entry.where for entry in auto.table() if entry.helps):
         if sharding.wrapping(call.model) == "fsdp2":
@@ -337,10 +354,10 @@ def _chosen(call: _Call) -> _Call:
         )
         features = {name: value for name, value in found.to_dict().items() if isinstance(value, float)}
     choice = auto.choose(features, with_data=data is not None)
-    return dataclasses.replace(call, data=data, chosen=choice, match_lr=call.match_lr or choice.match_lr)
+    return dataclasses.replace(call, chosen=choice, match_lr=call.match_lr or choice.match_lr)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise LoraInitError(f"{name}={value!r} is not one of {list(choices)}")
 
@@ -455,7 +472,7 @@ def _check_startable(
         )
 
 
-def _not_for_experts(method: Method, rule: RankRule, match_lr: bool) -> str | None:
+def _not_for_experts(method: Method, rule: RankRule, match_lr: bool | Literal["curvature"]) -> str | None:
     """Return why expert parameters cannot be started like this; None if they can."""
     if isinstance(method, TrainedMethod):
         return f"{method.info.name} trains whole layers, and does not know the experts in one"

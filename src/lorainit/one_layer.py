@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from peft.tuners.lora import LoraLayer
 
-from . import rescale
 from .apply import Base, Undo, write_factors, write_start
 from .calibration import own_precision
 from .errors import UnsupportedLayerError
@@ -123,14 +122,6 @@ def _idle(expert: Expert, known: Known) -> str | None:
         if odd is not None and whole is not None and (not bool(odd.any()) or torch.equal(odd, whole)):
             return "saw tokens in one of the halves that are compared only"
     return None
-
-
-def match_rate(site: LoraSite, row: LayerReport, undo: Undo) -> LayerReport:
-    """Re-express the start at another scale, for `match_lr`."""
-    if row.rank == 0:  # the adapter was taken off
-        return row
-    ratio = rescale.match(site, undo)
-    return dataclasses.replace(row, scaling=site.scaling, rate_ratio=ratio)
 
 
 def move(site: LoraSite, row: LayerReport, factors: Factors | None) -> LayerReport:

@@ -121,6 +121,11 @@ class InitReport:
                 "match_lr: train at the learning rate that suits vanilla LoRA; it acts as if multiplied by "
                 f"{min(matched):.3g} to {max(matched):.3g} (column rate)"
             )
+        if bound := self.details.get("curvature"):
+            notes.append(
+                f"of that, {bound['ratio']:.3g} for the top curvature of the loss: {bound['sharpness']:.3g}, vanilla's "
+                f"{bound['vanilla_sharpness']:.3g}"
+            )
         notes += [f"warning: {layer.name}: {w}" for layer in self.layers for w in layer.warnings]
         return "\n".join([title, *table, *notes])
 

@@ -81,24 +81,29 @@ def begin(model: nn.Module, adapter_name: str, undo: Undo, *, needed: bool) -> S
 
 
 def match(site: LoraSite, undo: Undo) -> float | None:
-    """Re-express a started layer at ρ·η and return ρ; None where it cannot train, which is refused elsewhere.
-
-    An offset is divided with the factors: B A − B₀A₀ at step 0 stays the exact zero that it was.
-    """
+    """Re-express a started layer at ρ·η and return ρ; None where it cannot train, which is refused elsewhere."""
     try:
         ratio = rate_ratio(*site.factors(), site.scaling)
     except ValueError:
         return None
+    express(site, ratio, site.scaling * ratio**2, undo)
+    return ratio
+
+
+def express(site: LoraSite, ratio: float, scaling: float, undo: Undo) -> None:
+    """Re-express a layer as A/ρ, B/ρ and ``scaling``, which is ρ²s, computed as it is again at a later loading.
+
+    An offset is divided with the factors: B A − B₀A₀ at step 0 stays the exact zero that it was.
+    """
     if ratio == 1:
-        return ratio
+        return
     undo.call(functools.partial(_set, site.layer, site.adapter, site.scaling))
-    scale(site, ratio)
+    _set(site.layer, site.adapter, scaling)
     with torch.no_grad():
         for module in (site.lora_A, site.lora_B):
             factors = [offset.trained_factor(module), *([module.offset] if offset.is_attached(module) else [])]
             for factor in factors:
                 factor.copy_((to_double(factor) / ratio).to(factor))
-    return ratio
 
 
 def scale(site: LoraSite, ratio: float) -> None:

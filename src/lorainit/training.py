@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -102,7 +102,7 @@ class Recipe:
     method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     base: str = "auto"
     ranks: RankRule = dataclasses.field(default_factory=lambda: RankRule("fixed"))
-    match_lr: bool = False
+    match_lr: bool | Literal["curvature"] = False
     start: str | None = None
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
     adapter: baselines.Adapter = "lora"
@@ -249,8 +249,8 @@ def started(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Dataset
 def _calibration(
     method: Method, recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, train_set: Dataset | None = None
 ) -> Dataset | None:
-    """Return the encoded rows that a data-driven start sees; None for a data-free one."""
-    if not method.wants_data:
+    """Return the encoded rows that a data-driven start, or the curvature, sees; None where neither is wanted."""
+    if not (method.wants_data or recipe.match_lr == "curvature"):
         return None
     wanted = recipe.calibration
     if wanted.split is not None and wanted.file is not None:

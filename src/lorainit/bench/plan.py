@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from ..match_lr import CHANCE
 from . import search
 from .results import Results, Summary
 from .search import Point
@@ -21,12 +22,14 @@ class Group:
         entry: the method.
         losses: evaluation losses by point.
         ratio: the suggested rate relative to vanilla's, once the diagnosis has found it.
+        bound: what the curvature bounds the rate by, relative to that of the magnitude; None without a curvature.
     """
 
     cell: Cell
     entry: MethodEntry
     losses: dict[Point, float] = dataclasses.field(default_factory=dict)
     ratio: float | None = None
+    bound: float | None = None
 
     @property
     def center(self) -> int:
@@ -76,6 +79,9 @@ class Group:
                     found[kind, seed] = Point(rate, seed)
                 elif kind == "matched" and not self.entry.lora:  # LoRA's own options are what sets such a row apart
                     found[kind, seed] = Point(rate, seed, matched=True)
+                elif kind == "bounded" and not self.entry.lora and self.bound is not None:
+                    decides = self.bound < 1 - CHANCE
+                    found[kind, seed] = Point(rate, seed, matched="curvature" if decides else True)
                 elif kind == "suggested" and self.ratio is not None:
                     found[kind, seed] = Point(search.suggestion(rate, self.ratio), seed)
         return found
@@ -84,7 +90,7 @@ class Group:
         """Take in a result."""
         self.losses[point] = summary.loss
         if point.diagnosis and summary.ratio is not None:
-            self.ratio = summary.ratio
+            self.ratio, self.bound = summary.ratio, summary.bound
 
 
 class Plan:

@@ -8,7 +8,7 @@ import dataclasses
 import io
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ..version import __version__
 from . import figures, statistics
 from .results import Results
 from .statistics import Estimate
-from .suite import VANILLA, Suite, import_modules, read
+from .suite import VANILLA, Comparison, Suite, import_modules, read
 from .table import Row, Table, tables
 
 ALPHA = 0.05
@@ -168,7 +168,12 @@ HOW_TO_READ = (
 
 def _columns(table: Table) -> list[str]:
     compare = [
-        {"vanilla": "at vanilla's rate", "suggested": "at suggested rate", "matched": "match_lr"}[k]
+        {
+            "vanilla": "at vanilla's rate",
+            "suggested": "at suggested rate",
+            "matched": "match_lr",
+            "bounded": "match_lr, curvature",
+        }[k]
         for k in _kinds(table)
     ]
     metric = [f"{table.metric}, %"] if table.metric else []
@@ -284,7 +289,7 @@ def _flat(table: Table, row: Row) -> dict[str, Any]:
     flat |= {"method": row.label, "learning_rate": row.tuned, "edge": row.edge, "metric_name": table.metric}
     estimates = {"loss": row.loss, "metric": row.metric, "difference": row.difference}
     estimates |= {"metric_difference": row.metric_difference, "difference_rows": row.rows, "forgetting": row.forgetting}
-    estimates |= {f"loss_{kind}": row.compared.get(kind) for kind in ("vanilla", "suggested", "matched")}
+    estimates |= {f"loss_{kind}": row.compared.get(kind) for kind in get_args(Comparison)}
     for name, found in estimates.items():
         values = dataclasses.asdict(found) if found else dict.fromkeys(("mean", "low", "high", "count"))
         flat |= {f"{name}_{part}": value for part, value in values.items()}

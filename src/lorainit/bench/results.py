@@ -23,12 +23,14 @@ class Summary:
         loss: evaluation loss, infinite unless done.
         ratio: of a diagnosis, the suggested rate relative to vanilla's.
         stamp: (size, nanoseconds) of the file that this was read from.
+        bound: of a diagnosis with the curvature, the rate that it bounds by, relative to that of the magnitude.
     """
 
     status: Status
     loss: float
     ratio: float | None
     stamp: tuple[int, int]
+    bound: float | None = None
 
 
 class Results:
@@ -129,7 +131,9 @@ def _replace(file: Path, text: str) -> None:
 def _summary(record: dict[str, Any], file: Path) -> Summary:
     status: Status = record["status"]
     loss = record["metrics"].get("loss") if status == "done" else None
-    return Summary(status, float("inf") if loss is None else loss, record.get("ratio"), _stamp(file))
+    advice = record.get("advice", {})
+    bound = advice["curvature_lr"] / advice["magnitude_lr"] if advice.get("curvature_lr") else None
+    return Summary(status, float("inf") if loss is None else loss, record.get("ratio"), _stamp(file), bound)
 
 
 def _stamp(file: Path | os.DirEntry[str]) -> tuple[int, int]:

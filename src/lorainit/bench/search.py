@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .suite import Search
 
@@ -16,14 +16,14 @@ class Point(NamedTuple):
     Attributes:
         rate: the learning rate.
         seed: the seed.
-        matched: with ``match_lr``.
+        matched: ``match_lr``.
         diagnosis: no training: the diagnosis of the start.
         judged: ASHA may stop it early.
     """
 
     rate: float
     seed: int
-    matched: bool = False
+    matched: bool | Literal["curvature"] = False
     diagnosis: bool = False
     judged: bool = False
 

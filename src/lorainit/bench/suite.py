@@ -167,7 +167,7 @@ class Resources:
     attempts: int = 3
 
 
-Comparison = Literal["vanilla", "suggested", "matched"]
+Comparison = Literal["vanilla", "suggested", "matched", "bounded"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,8 @@ class Suite:
         seeds: the seeds; the first one searches.
         search: how learning rates are found.
         compare: beside its tuned rate, each method runs at ``vanilla``'s tuned rate, at the rate that `suggest_lr`
-            derives from it (``suggested``), and at it with ``match_lr`` (``matched``).
+            derives from it (``suggested``), at it with ``match_lr`` (``matched``), and with ``match_lr="curvature"``
+            (``bounded``), which is the same run where the diagnosis says that the curvature does not decide.
         compare_seeds: seeds of those runs; default: the search's final seeds.
         lora: fields of `peft.LoraConfig`; ``lora_alpha`` is 2·rank unless it is given.
         train: fields of `transformers.TrainingArguments`.
@@ -306,6 +307,8 @@ def _check_numbers(suite: Suite) -> None:
             raise LoraInitError(f"{where}: unit must be positive, stride and widest at least 1")
     if "suggested" in suite.compare and suite.diagnosis is None:
         raise LoraInitError("compare: 'suggested' needs the diagnosis, which is switched off")
+    if "bounded" in suite.compare and not (suite.diagnosis and suite.diagnosis.curvature):
+        raise LoraInitError("compare: 'bounded' needs the diagnosis with curvature: true")
     if resources.attempts < 1 or (resources.workers is not None and resources.workers < 1):
         raise LoraInitError("resources: attempts and workers must be at least 1")
 

@@ -50,7 +50,7 @@ class Row:
         p: of the difference.
         p_holm: the same, for all rows of the cell together.
         rows: the difference over test rows, bootstrapped; None where rows have no loss of their own.
-        compared: losses at ``vanilla``'s rate, at the ``suggested`` one, and at vanilla's ``matched``.
+        compared: losses by the suite's kinds of comparison.
         suggested: that rate; None without a diagnosis.
         steps_share: steps to vanilla's final training loss as a share of all; None if it is never reached.
         seconds_share: the same in wall-clock time, the start's own included, as a share of vanilla's whole training.

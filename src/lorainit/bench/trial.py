@@ -112,7 +112,8 @@ class Trial:
         parts = [self.recipe, self.forgetting, self.diagnosis]
         spec = [None if part is None else dataclasses.asdict(part) for part in parts]
         kind = "diagnosis" if self.point.diagnosis else f"lr{self.point.rate:.3g}"
-        more = "_matched" * self.point.matched + "_judged" * self.point.judged
+        matched = {False: "", True: "_matched", "curvature": "_bounded"}[self.point.matched]
+        more = matched + "_judged" * self.point.judged
         return f"{self.cell}/{self.label}_{kind}{more}_s{self.point.seed}_{_hash(spec)}"
 
     def tags(self) -> dict[str, Any]:

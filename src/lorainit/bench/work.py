@@ -86,8 +86,10 @@ def _diagnosed(trial: Trial, root: str | None, scratch: str) -> dict[str, Any]:
     # `suggest_lr` compares with vanilla at the layer's own scaling; Adam's first update is proportional to it
     scaling = lora["lora_alpha"] / (math.sqrt(lora["r"]) if lora.get("use_rslora") else lora["r"])
     ratio = advice.learning_rate * lora["lora_alpha"] / lora["r"] / scaling
-    told = advice.to_dict()
-    return {"ratio": ratio, "diagnosis": found.to_dict(), "advice": {k: told[k] for k in ("learning_rate", "reasons")}}
+    told = {
+        k: v for k, v in advice.to_dict().items() if k in ("learning_rate", "magnitude_lr", "curvature_lr", "reasons")
+    }
+    return {"ratio": ratio, "diagnosis": found.to_dict(), "advice": told}
 
 
 @contextlib.contextmanager

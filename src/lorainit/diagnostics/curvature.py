@@ -107,11 +107,12 @@ class AdapterLoss:
                 terms += count
         return [total / terms for total in sums]
 
-    def sharpness(self, *, iterations: int = 12, seed: int = 0) -> TopEigenvalue:
+    def sharpness(self, *, iterations: int = 12, tolerance: float = 0.01, seed: int = 0) -> TopEigenvalue:
         """Return the top eigenvalue of the Hessian of the mean loss.
 
         Args:
             iterations: Lanczos steps at most; each costs about two gradients over the batches, and holds a vector.
+            tolerance: of `top_eigenvalue`.
             seed: of the first vector.
         """
         sizes = [p.numel() for p in self.parameters]
@@ -122,7 +123,7 @@ class AdapterLoss:
 
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(sum(sizes), generator=generator, dtype=torch.float64)
-        return top_eigenvalue(product, start, iterations=iterations)
+        return top_eigenvalue(product, start, iterations=iterations, tolerance=tolerance)
 
     def _losses(self) -> Iterator[tuple[Tensor, int]]:
         for index, batch in enumerate(self.batches):

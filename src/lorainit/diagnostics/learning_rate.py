@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import rescale
-from ..apply import Undo, all_or_nothing, write_start
+from ..apply import Undo, write_start
 from ..errors import LoraInitError
 from ..methods import kaiming
 from ..methods.method import require_choice
@@ -23,7 +23,7 @@ from ..statistics.batches import LossFunction
 from .curvature import AdapterLoss
 from .magnitude import Optimizer, first_update_ratio, mean_square, rate_ratio, vanilla_mean_square
 
-_ITERATIONS = 8  # Lanczos: the top eigenvalue stands out, and 10 % of it is enough for a rate
+_ITERATIONS, _TOLERANCE = 12, 0.05  # of Lanczos: the rate goes with the square root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,7 @@ def suggest_lr(
     adapter_name: str = "default",
     *,
     max_batches: int | None = 8,
+    sharpness: float | None = None,
     loss_function: LossFunction | None = None,
     seed: int = 0,
 ) -> LrAdvice:
@@ -87,6 +88,7 @@ def suggest_lr(
         data: a few batches as the model takes them, with labels.
         adapter_name: which adapter.
         max_batches: use at most so many batches.
+        sharpness: the top curvature here, where `diagnose(curvature=True)` has found it on the same batches.
         loss_function: (model, batch) -> (summed loss, number of terms); default: the model's own loss.
         seed: of the vanilla start to compare with, and of the eigenvalue's first vector.
 
@@ -113,16 +115,18 @@ def suggest_lr(
     if data is None:
         return LrAdvice(overall, per_layer, reasons, reference_lr, optimizer, overall)
 
-    sharpness = _sharpness_beside_vanilla(model, sites, data, max_batches, loss_function, seed)
-    bound = reference_lr * (sharpness[1] / sharpness[0]) ** (1.0 if optimizer == "sgd" else 0.5)
+    loss = AdapterLoss(model, sites, data, max_batches=max_batches, loss_function=loss_function)
+    scalings = {site.name: rescale.user_scaling(model, site) for site in sites}
+    both = sharpness_beside_vanilla(loss, sites, scalings, sharpness=sharpness, seed=seed)
+    bound = reference_lr * (both[1] / both[0]) ** (1.0 if optimizer == "sgd" else 0.5)
     chosen = min(overall, bound)
     verdict = "; it decides" if bound < overall else "; the size of the updates decides"
     reasons += (
-        f"the loss's top curvature in A and B is {sharpness[0]:.3g} here and {sharpness[1]:.3g} for vanilla: as near "
+        f"the loss's top curvature in A and B is {both[0]:.3g} here and {both[1]:.3g} for vanilla: as near "
         f"to instability at {bound:.2e}{verdict}",
     )
     shrunk = {name: rate * chosen / overall for name, rate in per_layer.items()}
-    return LrAdvice(chosen, shrunk, reasons, reference_lr, optimizer, overall, bound, sharpness)
+    return LrAdvice(chosen, shrunk, reasons, reference_lr, optimizer, overall, bound, both)
 
 
 def _by_magnitude(
@@ -179,29 +183,38 @@ def _trained_besides(model: nn.Module) -> list[str]:
     return [name.removeprefix("base_model.model.") for name in trained if "lora_" not in name]
 
 
-def _sharpness_beside_vanilla(
-    model: nn.Module,
+def sharpness_beside_vanilla(
+    loss: AdapterLoss,
     sites: Sequence[LoraSite],
-    data: Iterable[Any],
-    max_batches: int | None,
-    loss_function: LossFunction | None,
-    seed: int,
+    scalings: Mapping[str, float],
+    *,
+    sharpness: float | None = None,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the sharpness of the loss with this start, and with vanilla's in its place."""
-    loss = AdapterLoss(model, sites, data, max_batches=max_batches, loss_function=loss_function)
-    values = []
-    for swapped in (False, True):
-        with _vanilla(model, sites, seed) if swapped else all_or_nothing():
-            found = loss.sharpness(iterations=_ITERATIONS, seed=seed)
-        if not found.value > 0:
-            which = "vanilla" if swapped else "this start"
+    """Return the sharpness of the loss with this start, and with vanilla's in its place.
+
+    Args:
+        loss: of the layers ``sites``.
+        sites: the layers.
+        scalings: that vanilla has, by layer.
+        sharpness: of this start, if it is known.
+        seed: of vanilla's A, and of the eigenvalue's first vector.
+
+    Raises:
+        LoraInitError: no positive curvature, or a base that ``base="subtract"`` has edited.
+    """
+    find = functools.partial(loss.sharpness, iterations=_ITERATIONS, tolerance=_TOLERANCE, seed=seed)
+    here = find().value if sharpness is None else sharpness
+    with _vanilla(sites, scalings, seed):
+        vanilla = find().value
+    for value, which in ((here, "this start"), (vanilla, "vanilla")):
+        if not value > 0:
             raise LoraInitError(f"the loss has no positive curvature at {which}: there is no bound; leave data out")
-        values.append(found.value)
-    return values[0], values[1]
+    return here, vanilla
 
 
 @contextmanager
-def _vanilla(model: nn.Module, sites: Sequence[LoraSite], seed: int) -> Iterator[None]:
+def _vanilla(sites: Sequence[LoraSite], scalings: Mapping[str, float], seed: int) -> Iterator[None]:
     """Put vanilla starts in the adapter's place for a while."""
     edited = [s.name for s in sites if is_attached(s.lora_A) and s.lora_A.base_edited]
     if edited:
@@ -211,7 +224,7 @@ def _vanilla(model: nn.Module, sites: Sequence[LoraSite], seed: int) -> Iterator
     try:
         for site in sites:
             undo.call(functools.partial(site.layer.scaling.__setitem__, site.adapter, site.scaling))
-            site.layer.scaling[site.adapter] = rescale.user_scaling(model, site)
+            site.layer.scaling[site.adapter] = scalings[site.name]
             start = kaiming.factors(site.out_features, site.in_features, site.rank, generator=generator)
             write_start(site, start, "keep", undo)
         yield

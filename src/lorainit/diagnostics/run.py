@@ -66,7 +66,11 @@ def diagnose_recipe(recipe: training.Recipe, options: DiagnosisOptions) -> tuple
     )
     advice = None
     if options.reference_lr is not None:
-        advice = suggest_lr(model, options.reference_lr, data=data if options.curvature else None, seed=recipe.seed)
+        bounding = data if options.curvature else None
+        sharpness = found.curvature[0] if found.curvature else None
+        advice = suggest_lr(
+            model, options.reference_lr, data=bounding, max_batches=None, sharpness=sharpness, seed=recipe.seed
+        )
     _write(Path(recipe.output), found, advice, recipe)
     return found, advice
 
