@@ -21,6 +21,7 @@ from lorainit.bench.plan import Group, settled
 from lorainit.bench.results import Results
 from lorainit.bench.suite import VANILLA
 from lorainit.bench.table import Row, tables
+from lorainit.bench.trial import trial
 
 SUITE, RESULTS = Path("recipes/bench/learning_rates.yaml"), Path("benchmarks/results/reference")
 PAGE = Path("docs/learning_rates.md")
@@ -30,8 +31,10 @@ HEAD = """# Learning rates: what `suggest_lr` says and what was found
 Made by `python benchmarks/learning_rates.py` from `benchmarks/results/reference/`; the suite is
 `recipes/bench/learning_rates.yaml`. Rates a factor 2 apart, chosen by the evaluation loss; "tuned" is the vertex of the
 parabola through the best rate and its neighbours, on the log scale; * marks a best rate at the edge of those tried.
-"Suggested" is `suggest_lr`'s rate (without data) from vanilla's tuned one. Losses after training: mean ± standard error
-over seeds (in brackets: how many, where fewer than three).
+"Suggested" is `suggest_lr`'s rate from vanilla's tuned one, with two batches of 16 for the curvature; "by size" is its
+rate without data, "by curvature" that which the curvature alone would give. `match_lr` and `match_lr="curvature"` train
+at vanilla's tuned rate; where the curvature does not decide they are the same run. Losses after training: mean ±
+standard error over seeds (in brackets: how many, where fewer than three).
 """
 
 
@@ -44,13 +47,17 @@ class Start:
         row: its line of the report.
         tuned: the tuned learning rate, between those tried.
         suggested: `suggest_lr`'s; None before the diagnosis.
-        losses: by seed, at the rates ``tuned``, ``suggested``, ``vanilla`` and, with match_lr, ``matched``.
+        by_size: `suggest_lr`'s without data.
+        by_curvature: what the curvature alone says.
+        losses: by seed, at the rates ``tuned``, ``suggested``, ``vanilla`` and there ``matched`` and ``bounded``.
     """
 
     group: Group
     row: Row
     tuned: float
     suggested: float | None
+    by_size: float | None
+    by_curvature: float | None
     losses: dict[str, dict[int, float]]
 
     @property
@@ -67,12 +74,14 @@ def starts() -> list[list[Start]]:
     for group, vanilla in settled(suite, results):
         found = cells.setdefault(group.cell.name, [])
         reference = vertex(vanilla)
-        if reference is not None and (start := known(group, vanilla, reference, rows)) is not None:
+        if reference is not None and (start := known(group, vanilla, reference, rows, results)) is not None:
             found.append(start)
     return list(cells.values())
 
 
-def known(group: Group, vanilla: Group, reference: float, rows: dict[tuple[str, str], Row]) -> Start | None:
+def known(
+    group: Group, vanilla: Group, reference: float, rows: dict[tuple[str, str], Row], results: Results
+) -> Start | None:
     """Return what is known of a start; None before its search is over."""
     tuned = vertex(group)
     if tuned is None:
@@ -82,8 +91,13 @@ def known(group: Group, vanilla: Group, reference: float, rows: dict[tuple[str, 
     for (kind, seed), point in points.items():
         if point in group.losses:
             losses.setdefault(kind, {})[seed] = group.losses[point]
-    suggested = None if group.ratio is None else group.ratio * reference
-    return Start(group, rows[group.cell.name, group.entry.label], tuned, suggested, losses)
+    row = rows[group.cell.name, group.entry.label]
+    if group.ratio is None:
+        return Start(group, row, tuned, None, None, None, losses)
+    advice = results.read(trial(group.cell, group.entry, group.diagnosis).key)["advice"]
+    unit = reference * group.ratio / advice["learning_rate"]
+    by_curvature = unit * min(1.0, advice["curvature_lr"])
+    return Start(group, row, tuned, reference * group.ratio, unit * advice["magnitude_lr"], by_curvature, losses)
 
 
 def vertex(group: Group) -> float | None:
@@ -121,19 +135,22 @@ def table(cell: list[Start]) -> list[str]:
     train = group.cell.train
     lines = [f"## {title(cell)}", ""]
     lines += [f"{train['max_steps']} steps of {train['per_device_train_batch_size']} rows; evaluation loss.", ""]
-    lines += ["| start | tuned | suggested | suggested / tuned | at tuned | at suggested | at vanilla's | match_lr |"]
-    lines += ["|---" * 8 + "|"]
+    rates = ["tuned", "suggested", "suggested / tuned", "by size / tuned", "by curvature / tuned"]
+    losses = ["at tuned", "at suggested", "at vanilla's", "`match_lr`", "by curvature"]
+    lines += ["| " + " | ".join(["start", *rates, *losses]) + " |", "|---" * 11 + "|"]
     for start in cell:
-        rates = [f"{start.tuned:.2g}" + "*" * start.row.edge, "", ""]
+        rates = [f"{start.tuned:.2g}" + "*" * start.row.edge, "", "", "", ""]
         if start.suggested is not None:
-            rates[1:] = [f"{start.suggested:.2g}", f"{start.suggested / start.tuned:.2f}"]
-        shown = [cell_text(start, kind) for kind in ("tuned", "suggested", "vanilla", "matched")]
+            predicted = [rate for rate in (start.suggested, start.by_size, start.by_curvature) if rate is not None]
+            rates[1:] = [f"{start.suggested:.2g}", *(f"{rate / start.tuned:.2f}" for rate in predicted)]
+        shown = [cell_text(start, kind) for kind in ("tuned", "suggested", "vanilla", "matched", "bounded")]
         lines.append("| " + " | ".join([start.label, *rates, *shown]) + " |")
     return [*lines, ""]
 
 
 def targets(cells: list[list[Start]]) -> list[str]:
     """Say how often the prediction is within a factor 2, and how often match_lr loses nothing."""
+    matches = ["`match_lr` loses nothing", "median", "largest", "by curvature", "median", "largest"]
     lines = [
         "## The targets",
         "",
@@ -142,25 +159,35 @@ def targets(cells: list[list[Start]]) -> list[str]:
         "is no more than a standard error (of the difference, paired by seed; at least two seeds) above that at their",
         "own tuned rate, with the median and the largest excess.",
         "",
-        "| task | within a factor 2 | mean ratio | `match_lr` loses nothing | median | largest |",
-        "|---" * 6 + "|",
+        "| " + " | ".join(["task", "within a factor 2", "by size", "by curvature", "mean ratio", *matches]) + " |",
+        "|---" * 11 + "|",
     ]
     for name, chosen in [(title(cell), [cell]) for cell in cells] + [("all", cells)]:
         others = [start for cell in chosen for start in cell if start.label != VANILLA]
-        ratios = [s.suggested / s.tuned for s in others if s.suggested is not None and not s.row.edge]
-        inside = sum(0.5 <= ratio <= 2 for ratio in ratios)
-        center = math.exp(statistics.fmean(map(math.log, ratios))) if ratios else math.nan
-        excess = [found for start in others if (found := excess_of_match(start)) is not None]
-        kept = sum(mean <= error for mean, error, _ in excess)
-        parts = [100 * part for _, _, part in excess]
-        shown = f"{statistics.median(parts):+.1f} % | {max(parts):+.1f} %" if parts else " | "
-        lines.append(f"| {name} | {inside} of {len(ratios)} | {center:.2f} | {kept} of {len(excess)} | {shown} |")
+        inner = [start for start in others if not start.row.edge]
+        predicted = [
+            [rate / s.tuned for s in inner if (rate := choose(s)) is not None]
+            for choose in (lambda s: s.suggested, lambda s: s.by_size, lambda s: s.by_curvature)
+        ]
+        inside = [f"{sum(0.5 <= r <= 2 for r in ratios)} of {len(ratios)}" for ratios in predicted]
+        center = math.exp(statistics.fmean(map(math.log, predicted[0]))) if predicted[0] else math.nan
+        lost = [part for kind in ("matched", "bounded") for part in excesses(others, kind)]
+        lines.append("| " + " | ".join([name, *inside, f"{center:.2f}", *lost]) + " |")
     return [*lines, ""]
 
 
-def excess_of_match(start: Start) -> tuple[float, float, float] | None:
+def excesses(chosen: list[Start], kind: str) -> list[str]:
+    """Return how many starts lose nothing by a kind of match_lr, the median and the largest excess of the loss."""
+    found = [excess for start in chosen if (excess := excess_of_match(start, kind)) is not None]
+    if not found:
+        return ["", "", ""]
+    kept, parts = sum(mean <= error for mean, error, _ in found), [100 * part for _, _, part in found]
+    return [f"{kept} of {len(found)}", f"{statistics.median(parts):+.1f} %", f"{max(parts):+.1f} %"]
+
+
+def excess_of_match(start: Start, kind: str) -> tuple[float, float, float] | None:
     """Return by how much the loss with match_lr exceeds that at the tuned rate: mean, standard error, share of it."""
-    tuned, matched = (start.losses.get(kind, {}) for kind in ("tuned", "matched"))
+    tuned, matched = (start.losses.get(name, {}) for name in ("tuned", kind))
     differences = [matched[seed] - tuned[seed] for seed in tuned.keys() & matched.keys()]
     if len(differences) < 2:  # noqa: PLR2004
         return None

@@ -16,7 +16,7 @@ from .report import LayerReport
 from .sites import LoraSite
 
 _BATCHES = 8
-CHANCE = 0.1  # so far below 1 may a ratio be between two draws of vanilla's own start
+CHANCE = 0.2  # so far below 1 may a ratio be between two draws of vanilla's own start
 
 
 def by_magnitude(sites: Sequence[LoraSite], rows: Mapping[str, LayerReport], undo: Undo) -> dict[str, LayerReport]:

@@ -56,6 +56,7 @@ def test_controls_come_first_and_are_never_left_out(tmp_path) -> None:
         ("{task: sst2,", "{task: sst2, search: {unit: 0},", "models: m: tasks: sst2: search: unit must be positive"),
         ("{task: sst2,", "{task: sst2, search: {schedule: asha, exponents: []},", "search.exponents is empty"),
         ("name: x", "name: x\ndiagnosis: null", "'suggested' needs the diagnosis"),
+        ("name: x", "name: x\ncompare: [bounded]", "'bounded' needs the diagnosis with curvature: true"),
         ("name: x", "name: x\nimports: [no_such_module]", "module 'no_such_module' cannot be imported"),
         ("name: x", "name: x\nresources: {workers: 0}", "workers must be at least 1"),
         ("loram,", "loram, loram,", "methods: loram stands there twice"),
@@ -115,6 +116,7 @@ def test_the_key_names_all_that_decides_the_numbers_and_nothing_else() -> None:
         trial(cell, entry, Point(2e-3, 0)).key,
         trial(cell, entry, Point(1e-3, 1)).key,
         trial(cell, entry, Point(1e-3, 0, matched=True)).key,
+        trial(cell, entry, Point(1e-3, 0, matched="curvature")).key,
         trial(cell, MethodEntry("pissa", options={"exact": True}), point).key,
         trial(cell, MethodEntry("pissa", base="keep"), point).key,
         trial(cells(dataclasses.replace(SUITE, train=SUITE.train | {"max_steps": 5}))[0], entry, point).key,
@@ -131,13 +133,14 @@ def test_a_path_below_the_root_needs_one() -> None:
         located(recipe, None)
 
 
-def test_the_command_repeats_the_recipe() -> None:
+@pytest.mark.parametrize("matched", [True, "curvature"])
+def test_the_command_repeats_the_recipe(matched) -> None:
     import shlex
 
     from lorainit.training import Recipe
 
     entry = MethodEntry("exact", method="pissa", options={"exact": True}, lora={"use_rslora": True})
-    recipe = cells(SUITE)[0].recipe(entry, Point(0.002, 1, matched=True))
+    recipe = cells(SUITE)[0].recipe(entry, Point(0.002, 1, matched=matched))
     function, options = _parse(shlex.split(command(recipe))[1:])
     assert function is train
     again = Recipe(**{k: v for k, v in options.items() if k != "resume"})

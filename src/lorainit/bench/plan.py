@@ -22,7 +22,7 @@ class Group:
         entry: the method.
         losses: evaluation losses by point.
         ratio: the suggested rate relative to vanilla's, once the diagnosis has found it.
-        bound: what the curvature bounds the rate by, relative to that of the magnitude; None without a curvature.
+        bound: the rate by the curvature relative to that by the size of the update; None without a curvature.
     """
 
     cell: Cell
@@ -30,6 +30,11 @@ class Group:
     losses: dict[Point, float] = dataclasses.field(default_factory=dict)
     ratio: float | None = None
     bound: float | None = None
+
+    @property
+    def diagnosis(self) -> Point:
+        """Where the start is diagnosed."""
+        return Point(0.0, self.cell.suite.seeds[0], diagnosis=True)
 
     @property
     def center(self) -> int:
@@ -51,9 +56,8 @@ class Group:
             vanilla: the control of the same cell.
         """
         suite = self.cell.suite
-        diagnosis = Point(0.0, suite.seeds[0], diagnosis=True)
-        if suite.diagnosis is not None and diagnosis not in self.losses:
-            yield diagnosis
+        if suite.diagnosis is not None and self.diagnosis not in self.losses:
+            yield self.diagnosis
         if not self.over():
             yield from search.search_points(self.cell.search, self.center, suite.seeds, self.losses)
             return

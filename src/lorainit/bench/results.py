@@ -23,7 +23,7 @@ class Summary:
         loss: evaluation loss, infinite unless done.
         ratio: of a diagnosis, the suggested rate relative to vanilla's.
         stamp: (size, nanoseconds) of the file that this was read from.
-        bound: of a diagnosis with the curvature, the rate that it bounds by, relative to that of the magnitude.
+        bound: of a diagnosis with the curvature, the rate by it relative to that by the size of the update.
     """
 
     status: Status

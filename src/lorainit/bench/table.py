@@ -276,7 +276,7 @@ def _rows(runs: _Runs, control: _Runs) -> Estimate | None:
 
 
 def _diagnosis(group: Group, results: Results) -> dict[str, Any]:
-    key = trial(group.cell, group.entry, Point(0.0, group.cell.suite.seeds[0], diagnosis=True)).key
+    key = trial(group.cell, group.entry, group.diagnosis).key
     return results.read(key) if key in results.summaries else {}
 
 

@@ -37,8 +37,8 @@ class LrAdvice:
         reference_lr: the rate that suits vanilla LoRA, as given.
         optimizer: as given.
         magnitude_lr: the rate from the size of the updates alone.
-        curvature_lr: the bound from the curvature; None without data.
-        sharpness: (of this start, of vanilla's), what the bound comes from; None without data.
+        curvature_lr: the rate from the curvature alone; None without data.
+        sharpness: (of this start, of vanilla's), what that comes from; None without data.
     """
 
     learning_rate: float
@@ -77,9 +77,10 @@ def suggest_lr(
 
     Vanilla is PEFT's default start, A ~ U(±1/√in) and B = 0, with the same shapes, ranks and scalings. From A, B and s
     alone: the rate at which the first update of all weights together has the same expected size, see
-    `lorainit.diagnostics.magnitude`; under Adam not above ``reference_lr``. With ``data`` also a bound: the rate at
-    which the loss is as near to instability as vanilla's, see `lorainit.diagnostics.curvature`; the smaller of both is
-    the advice. Call it after `lorainit.initialize`, before training; the model is left as it was.
+    `lorainit.diagnostics.magnitude`. With ``data`` also the rate at which the loss is as near to instability as
+    vanilla's, see `lorainit.diagnostics.curvature`; the advice is then the geometric mean of both, which was nearer to
+    the tuned rates than either or the smaller (``docs/learning_rates.md``; AdamW). Under Adam neither is above
+    ``reference_lr``. Call it after `lorainit.initialize`, before training; the model is left as it was.
 
     Args:
         model: the model with the started adapter.
@@ -118,15 +119,15 @@ def suggest_lr(
     loss = AdapterLoss(model, sites, data, max_batches=max_batches, loss_function=loss_function)
     scalings = {site.name: rescale.user_scaling(model, site) for site in sites}
     both = sharpness_beside_vanilla(loss, sites, scalings, sharpness=sharpness, seed=seed)
-    bound = reference_lr * (both[1] / both[0]) ** (1.0 if optimizer == "sgd" else 0.5)
-    chosen = min(overall, bound)
-    verdict = "; it decides" if bound < overall else "; the size of the updates decides"
+    alike = reference_lr * (both[1] / both[0]) ** (1.0 if optimizer == "sgd" else 0.5)
+    chosen = math.sqrt(overall * (alike if optimizer == "sgd" else min(alike, reference_lr)))
     reasons += (
         f"the loss's top curvature in A and B is {both[0]:.3g} here and {both[1]:.3g} for vanilla: as near "
-        f"to instability at {bound:.2e}{verdict}",
+        f"to instability at {alike:.2e}; the advice is the geometric mean of what the size and the curvature say"
+        + (", neither above vanilla's rate" if optimizer != "sgd" else ""),
     )
     shrunk = {name: rate * chosen / overall for name, rate in per_layer.items()}
-    return LrAdvice(chosen, shrunk, reasons, reference_lr, optimizer, overall, bound, both)
+    return LrAdvice(chosen, shrunk, reasons, reference_lr, optimizer, overall, alike, both)
 
 
 def _by_magnitude(
@@ -209,7 +210,7 @@ def sharpness_beside_vanilla(
         vanilla = find().value
     for value, which in ((here, "this start"), (vanilla, "vanilla")):
         if not value > 0:
-            raise LoraInitError(f"the loss has no positive curvature at {which}: there is no bound; leave data out")
+            raise LoraInitError(f"the loss has no positive curvature at {which}: there is no such rate; leave data out")
     return here, vanilla
 
 

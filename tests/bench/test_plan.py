@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lorainit.bench.plan import Group
+from lorainit.bench.results import Summary
+from lorainit.bench.search import Point
+from lorainit.bench.suite import MethodEntry
+from lorainit.bench.trial import cells
+from lorainit.diagnostics.run import DiagnosisOptions
+from tiny_suite import SUITE
+
+BOUNDED = dataclasses.replace(SUITE, compare=["bounded"], diagnosis=DiagnosisOptions(curvature=True))
+CELL = cells(BOUNDED)[0]
+VANILLA = Group(CELL, MethodEntry("kaiming"), {Point(1e-3 * 2**k, 0): abs(k - 3.0) for k in range(2, 5)})
+
+
+@pytest.mark.parametrize(
+    ("bound", "lora", "matched"),
+    [
+        (None, {}, None),  # not diagnosed yet
+        (0.5, {}, "curvature"),
+        (0.9, {}, True),  # as two draws of vanilla's own start may differ
+        (2.0, {}, True),
+        (0.5, {"use_rslora": True}, None),
+    ],
+)
+def test_the_curvature_gets_a_run_of_its_own_where_it_decides(bound, lora, matched) -> None:
+    group = Group(CELL, MethodEntry("pissa", lora=lora))
+    if bound is not None:
+        group.note(group.diagnosis, Summary("done", float("inf"), 0.3, (0, 0), bound))
+    expected = {("bounded", 0): Point(8e-3, 0, matched=matched)} if matched else {}
+    assert group.comparisons(VANILLA) == expected
