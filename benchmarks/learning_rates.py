@@ -142,7 +142,8 @@ def table(cell: list[Start]) -> list[str]:
         rates = [f"{start.tuned:.2g}" + "*" * start.row.edge, "", "", "", ""]
         if start.suggested is not None:
             predicted = [rate for rate in (start.suggested, start.by_size, start.by_curvature) if rate is not None]
-            rates[1:] = [f"{start.suggested:.2g}", *(f"{rate / start.tuned:.2f}" for rate in predicted)]
+            shares = ["–" if start.row.edge else f"{rate / start.tuned:.2f}" for rate in predicted]
+            rates[1:] = [f"{start.suggested:.2g}", *shares]
         shown = [cell_text(start, kind) for kind in ("tuned", "suggested", "vanilla", "matched", "bounded")]
         lines.append("| " + " | ".join([start.label, *rates, *shown]) + " |")
     return [*lines, ""]

@@ -177,7 +177,7 @@ def main(shared: Path, epochs: float, steps: int) -> None:
         lr_scheduler_type="cosine",
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=torch.cuda.is_available(),  # on CPUs without matrix units it is slower
         use_cpu=not torch.cuda.is_available(),
         save_steps=200,
         save_total_limit=1,
