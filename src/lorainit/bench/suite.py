@@ -83,7 +83,7 @@ class Search:
         grace: of ``asha``: evaluations before a trial may be stopped.
         reduction: of ``asha``: one in so many goes on.
         final_seeds: seeds at the best rate; default: the suite's. Seeds that the search has not seen are unbiased.
-        compare_seeds: seeds at vanilla's and at the suggested rate, and with match_lr; default: the suite's.
+        compare_seeds: seeds of the runs that the suite's ``compare`` adds; default: the final seeds.
     """
 
     schedule: Literal["bracket", "grid", "asha"] = "bracket"
@@ -185,7 +185,6 @@ class Suite:
         compare: beside its tuned rate, each method runs at ``vanilla``'s tuned rate, at the rate that `suggest_lr`
             derives from it (``suggested``), at it with ``match_lr`` (``matched``), and with ``match_lr="curvature"``
             (``bounded``), which is the same run where the diagnosis says that the curvature does not decide.
-        compare_seeds: seeds of those runs; default: the search's final seeds.
         lora: fields of `peft.LoraConfig`; ``lora_alpha`` is 2·rank unless it is given.
         train: fields of `transformers.TrainingArguments`.
         calibration: which rows a data-driven start sees.
@@ -201,7 +200,6 @@ class Suite:
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
     search: Search = dataclasses.field(default_factory=Search)
     compare: list[Comparison] = dataclasses.field(default_factory=lambda: ["vanilla", "suggested", "matched"])
-    compare_seeds: list[int] | None = None
     lora: dict[str, Any] = dataclasses.field(default_factory=dict)
     train: dict[str, Any] = dataclasses.field(default_factory=dict)
     calibration: Calibration = dataclasses.field(default_factory=Calibration)

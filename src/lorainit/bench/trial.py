@@ -48,9 +48,8 @@ class Cell:
 
     @property
     def comparison_seeds(self) -> list[int]:
-        """The seeds of the runs at vanilla's and at the suggested rate."""
-        chosen = self.search.compare_seeds, self.suite.compare_seeds, self.final_seeds
-        return next(seeds for seeds in chosen if seeds is not None)
+        """The seeds of the runs that are compared with those at the tuned rate."""
+        return self.final_seeds if self.search.compare_seeds is None else self.search.compare_seeds
 
     @functools.cached_property
     def name(self) -> str:
