@@ -136,7 +136,7 @@ class CorruptingTrainer(Trainer):
             self.data_collator = plain
 
 
-def main(shared: Path, epochs: float, steps: int) -> None:
+def main(shared: Path, steps: int) -> None:
     """Cut the vocabulary, train, evaluate, save."""
     data = shared / "data/pretrain"
     raw = texts(data, TRAIN)
@@ -168,7 +168,6 @@ def main(shared: Path, epochs: float, steps: int) -> None:
     model = T5ForConditionalGeneration(config)
     arguments = TrainingArguments(
         output_dir=str(SCRATCH),
-        num_train_epochs=epochs,
         max_steps=steps,
         per_device_train_batch_size=64,
         per_device_eval_batch_size=64,
@@ -206,7 +205,7 @@ def main(shared: Path, epochs: float, steps: int) -> None:
     model.to(torch.bfloat16).save_pretrained(OUTPUT)
     log = {
         "tokens": train.numel(),
-        "epochs": epochs,
+        "epochs": trainer.state.epoch,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(tokenizer),
         "validation": {"loss": scores["eval_loss"], "blocks": len(validation), "tokens": BLOCK},
@@ -221,6 +220,5 @@ def main(shared: Path, epochs: float, steps: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/ and models/")
-    parser.add_argument("--epochs", type=float, default=0.6)
-    parser.add_argument("--steps", type=int, default=-1, help="stop after so many, whatever --epochs says")
+    parser.add_argument("--steps", type=int, default=1600)
     main(**vars(parser.parse_args()))
