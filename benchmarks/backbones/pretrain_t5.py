@@ -169,23 +169,19 @@ class CorruptingTrainer(Trainer):
             self.data_collator = plain
 
 
-def main(shared: Path, steps: int) -> None:
-    """Cut the vocabulary, train, evaluate, save."""
-    data = shared / "data/pretrain"
-    raw = texts(data, TRAIN)
-    OUTPUT.mkdir(exist_ok=True)
+def vocabulary(folder: Path, rows: list[str]) -> PreTrainedTokenizerFast:
+    """Return the tokenizer in ``folder`` cut for some texts: that of an earlier run, if there is one."""
     if (OUTPUT / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(OUTPUT)
-    else:
-        always = [text for task in glue_prompts.TASKS for text in (task.prompt, *task.words)]
-        tokenizer = cut(
-            str(shared / "models/tokenizers/t5"), [*raw, *sentences(shared / "data/glue")], always, VOCABULARY
-        )
-        tokenizer.save_pretrained(OUTPUT)
-    train, validation = (
-        blocks(tokenizer, [*raw, *sentences(shared / "data/glue")]),
-        blocks(tokenizer, texts(data, VALIDATION)),
-    )
+        return PreTrainedTokenizerFast.from_pretrained(OUTPUT)
+    always = [text for task in glue_prompts.TASKS for text in (task.prompt, *task.words)]
+    tokenizer = cut(str(folder), rows, always, VOCABULARY)
+    OUTPUT.mkdir(exist_ok=True)
+    tokenizer.save_pretrained(OUTPUT)
+    return tokenizer
+
+
+def fresh(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
+    """Return the model before its training."""
     config = T5Config(
         vocab_size=len(tokenizer),
         d_model=128,
@@ -203,6 +199,16 @@ def main(shared: Path, steps: int) -> None:
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(config)
     model.shared.weight.data.copy_(meanings(tokenizer, config.d_model))
+    return model
+
+
+def main(shared: Path, steps: int) -> None:
+    """Cut the vocabulary, train, evaluate, save."""
+    data = shared / "data/pretrain"
+    rows = [*texts(data, TRAIN), *sentences(shared / "data/glue")]
+    tokenizer = vocabulary(shared / "models/tokenizers/t5", rows)
+    train, validation = blocks(tokenizer, rows), blocks(tokenizer, texts(data, VALIDATION))
+    model = fresh(tokenizer)
     arguments = TrainingArguments(
         output_dir=str(SCRATCH),
         max_steps=steps,

@@ -105,7 +105,7 @@ def initialize(
             as vanilla's (or smaller, if it was). ρ stands in the report; the limits in `lorainit.rescale`.
             ``"curvature"`` then also sees to it that the loss on (eight at most of) the batches of ``data``, with
             labels, is no nearer to instability than with vanilla's start, as `suggest_lr` does: for starts along the
-            gradient, such as `LoRAGA`. It costs some twenty times the forward and backward passes over them.
+            gradient, such as `LoRAGA`. It costs up to 24 products with the Hessian over them, each about two gradients.
         process_group: the processes that start this model together. Where `torch.distributed` runs with more than one
             process, this function is a **collective call** by default: every process of the default group must make
             it, alike, each with its own shard of ``data`` (an empty one is allowed). The sums over all shards decide,
