@@ -1,12 +1,14 @@
 """The table that ``lorainit.initialize(model, "auto")`` reads, from results of benchmarks.
 
-    python benchmarks/evidence.py                       # from benchmarks/results/starts: 166 runs, one seed
-    python benchmarks/evidence.py benchmarks/results/reference ...     # from folders of `lorainit bench`
+    pip install statsmodels
+    python benchmarks/evidence.py benchmarks/results/reference ...     # folders of `lorainit bench`
 
-The gain of a method on a task is the relative reduction of its evaluation loss beside vanilla's, each at its best rate.
-Over tasks: the mean, Student's interval, and the p of the t-test, Holm-adjusted over all entries. Where the folders
-hold diagnoses, each method also gets entries for the lower and the upper half of the tasks by each diagnostic of
-vanilla's start, and one for vanilla's rate with match_lr.
+The gain of a method on a task is the relative reduction of its evaluation loss beside vanilla's, each at its best rate,
+paired by seed; its variance is that of one seed's difference, pooled over the methods of the task, by the number of
+seeds. Over tasks: a random-effects mean (Paule and Mandel's variance between tasks), with Hartung and Knapp's interval,
+never narrower than without their correction; p-values are Holm-adjusted over all entries. Each method also gets an
+entry for vanilla's rate with match_lr, and, by diagnostic of vanilla's start, one for the lower and the upper half of
+the tasks.
 
 The table is evidence for the tasks that it names; `auto` has to be judged on others. So for each task the table also
 tells what a table made from all the others would have chosen there, and what that start gained (``left_out``).
@@ -22,39 +24,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import t
+from statsmodels.stats.meta_analysis import combine_effects
 
 from lorainit.bench import statistics
 from lorainit.bench.results import Results
-from lorainit.bench.suite import read
-from lorainit.bench.table import tables
+from lorainit.bench.statistics import Estimate
+from lorainit.bench.suite import VANILLA, read
+from lorainit.bench.table import Row, tables
 from lorainit.methods.auto import Auto
 
-STARTS = Path("benchmarks/results/starts")
 TABLE = Path("src/lorainit/methods/evidence.json")
 FEATURES = ("information_loss", "best_loss", "isotropic_loss")
 FEWEST = 3  # tasks that an entry needs
+
+
+class Gain(NamedTuple):
+    """A relative reduction of vanilla's loss, and the variance of that number."""
+
+    mean: float
+    variance: float
 
 
 class Task(NamedTuple):
     """What one task says: gains by (method, match_lr), and vanilla's diagnostics."""
 
     name: str
-    gains: dict[tuple[str, bool], float]
+    gains: dict[tuple[str, bool], Gain]
     features: dict[str, float]
-
-
-def from_starts(folder: Path) -> list[Task]:
-    """Return the tasks of `benchmarks/starts.py`; the best of the rates that a method was tried at."""
-    found = []
-    for cell in sorted(path for path in folder.glob("*/*") if path.is_dir()):
-        best: dict[str, float] = {}
-        for file in sorted(cell.glob("*.json")):
-            result = json.loads(file.read_text())
-            best[result["method"]] = min(best.get(result["method"], math.inf), result["metrics"]["loss"])
-        vanilla = best.pop("kaiming")
-        gains = {(name, False): (vanilla - loss) / vanilla for name, loss in best.items()}
-        found.append(Task(f"{cell.parent.name}, {cell.name}", gains, {}))
-    return found
 
 
 def from_bench(folder: Path) -> list[Task]:
@@ -64,17 +61,39 @@ def from_bench(folder: Path) -> list[Task]:
     found = []
     for table in tables(suite, Results(folder)):
         rows = {row.label: row for row in table.rows}
-        vanilla = rows["kaiming"]
-        gains: dict[tuple[str, bool], float] = {}
+        vanilla, noise = rows[VANILLA], seed_variance(table.rows)
+        gains = {}
         for label, method in plain.items():
-            row = rows[label]
-            if label != "kaiming" and row.difference.count:
-                gains[method, False] = -row.difference.mean / vanilla.loss.mean
-            if "matched" in row.compared:
-                gains[method, True] = 1 - row.compared["matched"].mean / vanilla.loss.mean
+            kinds = {False: rows[label].difference, True: rows[label].compared.get("matched")}
+            for match_lr, change in kinds.items():
+                if label != VANILLA and change is not None and change.count:
+                    gains[method, match_lr] = gain(change, vanilla.loss.mean, noise)
         diagnosis: dict[str, Any] = vanilla.diagnosis or {}
         found.append(Task(table.title, gains, {name: diagnosis[name] for name in FEATURES if name in diagnosis}))
     return found
+
+
+def seed_variance(rows: list[Row]) -> float:
+    """Return the variance of one seed's difference to vanilla, pooled over the methods; their intervals tell it."""
+    known = [row.difference for row in rows if row.difference.count > 1]
+    halves = [(each.high - each.low) / 2 / t.ppf(0.975, each.count - 1) for each in known]
+    sums = [half**2 * each.count * (each.count - 1) for half, each in zip(halves, known, strict=True)]
+    return sum(sums) / sum(each.count - 1 for each in known)
+
+
+def gain(difference: Estimate, loss: float, noise: float) -> Gain:
+    """Return a difference of losses as a gain."""
+    return Gain(-difference.mean / loss, noise / difference.count / loss**2)
+
+
+def together(gains: list[Gain]) -> tuple[Estimate, float]:
+    """Return the random-effects mean over tasks with its interval, and the p that it is zero."""
+    means, variances = (np.array(each) for each in zip(*gains, strict=True))
+    combined: Any = combine_effects(means, variances, method_re="iterated")
+    error = combined.sd_eff_w_re * max(1.0, math.sqrt(combined.scale_hksj_re))
+    freedom = len(gains) - 1
+    half, mean = t.ppf(0.975, freedom) * error, float(combined.mean_effect_re)
+    return Estimate(mean, mean - half, mean + half, len(gains)), float(2 * t.sf(abs(mean) / error, freedom))
 
 
 def entries(tasks: list[Task]) -> list[dict[str, Any]]:
@@ -83,13 +102,11 @@ def entries(tasks: list[Task]) -> list[dict[str, Any]]:
     for method, match_lr in sorted({key for task in tasks for key in task.gains}):
         known = [task for task in tasks if (method, match_lr) in task.gains]
         for where, chosen in subsets(known):
-            gains = [task.gains[method, match_lr] for task in chosen]
-            if len(gains) >= FEWEST:
-                estimate = statistics.estimate(gains)
-                entry = {"method": method, "gain": estimate.mean, "low": estimate.low, "high": estimate.high}
-                found.append(
-                    entry | {"tasks": len(gains), "p": statistics.p_value(gains), "match_lr": match_lr, "where": where}
-                )
+            if len(chosen) < FEWEST:
+                continue
+            estimate, p = together([task.gains[method, match_lr] for task in chosen])
+            entry = {"method": method, "gain": estimate.mean, "low": estimate.low, "high": estimate.high}
+            found.append(entry | {"tasks": estimate.count, "p": p, "match_lr": match_lr, "where": where})
     adjusted = statistics.holm({str(place): entry["p"] for place, entry in enumerate(found)})
     for place, entry in enumerate(found):
         entry["p"] = adjusted[str(place)]
@@ -117,20 +134,18 @@ def left_out(tasks: list[Task]) -> list[dict[str, Any]]:
             file.flush()
             choice = Auto(evidence=file.name).choose(task.features, with_data=True)
         chosen = (choice.method.info.name, choice.match_lr)
-        gain = 0.0 if chosen == ("kaiming", False) else task.gains[chosen]
+        gain = 0.0 if chosen == (VANILLA, False) else task.gains[chosen].mean
         found.append({"task": task.name, "method": chosen[0], "match_lr": chosen[1], "gain": float(f"{gain:.4g}")})
     return found
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, help="folders of `lorainit bench`")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of `lorainit bench`")
     options = parser.parse_args()
-    sources = options.folders or [STARTS]
-    known = [task for folder in sources for task in (from_starts if folder == STARTS else from_bench)(folder)]
+    known = [task for folder in options.folders for task in from_bench(folder)]
     table = {
         "made_by": " ".join(["python benchmarks/evidence.py", *map(str, options.folders)]),
-        "sources": [str(source) for source in sources],
         "tasks": [task.name for task in known],
         "left_out": left_out(known),
         "entries": entries(known),

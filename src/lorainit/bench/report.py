@@ -22,6 +22,12 @@ from .suite import VANILLA, Comparison, Suite, import_modules, read
 from .table import Row, Table, tables
 
 ALPHA = 0.05
+_KINDS: dict[Comparison, str] = {
+    "vanilla": "at vanilla's rate",
+    "suggested": "at suggested rate",
+    "matched": "match_lr",
+    "bounded": "match_lr, curvature",
+}
 
 
 def write_report(results: str | Path, output: str | Path, suite_file: str | Path | None = None) -> list[Path]:
@@ -81,6 +87,7 @@ def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
         version=__version__,
         tables=[(table, _columns(table), _cells(table), shown) for table, shown in zip(known, drawn, strict=True)],
         overview=overview(suite, known),
+        kinds=[_KINDS[kind] for kind in compared_kinds(suite, known)],
         titles=[table.title for table in known],
         papers=_papers(suite),
         layers=_layers,
@@ -93,41 +100,47 @@ def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
 
 
 def overview(suite: Suite, known: list[Table]) -> list[dict[str, Any]]:
-    """Return a line a method: the relative change of its loss in each cell, and over all cells."""
-    lines = []
+    """Return a line a method: the relative change of its loss over all cells, and the change in each."""
+    lines, kinds = [], compared_kinds(suite, known)
     for label in (entry.label for entry in suite.entries()):
         rows = [next(row for row in table.rows if row.label == label) for table in known]
-        bases = [next(row for row in table.rows if row.label == VANILLA) for table in known]
-        shares = [
-            row.difference.mean / base.loss.mean
-            for row, base in zip(rows, bases, strict=True)
-            if row.difference.count and base.loss.mean
-        ]
+        bases = [next(row for row in table.rows if row.label == VANILLA).loss.mean for table in known]
+        compared = [[row.compared[kind] if kind in row.compared else None for row in rows] for kind in kinds]
         verdicts = [_verdict(row) for row in rows]
+        starts = [row.start_seconds for row in rows if not math.isnan(row.start_seconds)]
         lines.append(
             {
                 "label": label,
+                "all": [_relative(found, bases) for found in ([row.difference for row in rows], *compared)],
                 "cells": [_change(row) for row in rows],
-                "all": _percent(statistics.estimate(shares)) if shares else "–",
-                "better": verdicts.count("better"),
-                "worse": verdicts.count("worse"),
-                "known": sum(row.difference.count > 1 for row in rows),
-                "start": _seconds(float(np.nanmean([row.start_seconds for row in rows])))
-                if not all(math.isnan(row.start_seconds) for row in rows)
-                else "–",
+                "verdict": f"{verdicts.count('better')} / {verdicts.count('worse')}"
+                f" of {sum(row.difference.count > 1 for row in rows)}",
+                "start": _seconds(float(np.mean(starts))) if starts else "–",
             }
         )
     return lines
 
 
+def compared_kinds(suite: Suite, known: list[Table]) -> list[Comparison]:
+    """Return the suite's kinds of comparison that there is anything of."""
+    return [kind for kind in suite.compare if any(kind in row.compared for table in known for row in table.rows)]
+
+
+def _relative(found: list[Estimate | None], bases: list[float]) -> str:
+    """Return the mean over cells of changes relative to vanilla's loss."""
+    shares = [each.mean / base for each, base in zip(found, bases, strict=True) if each and each.count and base]
+    return _percent(statistics.estimate(shares)) if shares else "–"
+
+
 def markdown(suite: Suite, known: list[Table]) -> str:
     """Return the tables as Markdown."""
     lines = [f"# {suite.name}", "", HOW_TO_READ, ""]
-    head = ["start", *(table.title for table in known), "all", "better / worse", "start takes"]
-    lines += ["## Overview: evaluation loss at the tuned rate, beside tuned vanilla's", "", *_pipes(head)]
-    for line in overview(suite, known):
-        verdict = f"{line['better']} / {line['worse']} of {line['known']}"
-        lines.append(_pipe([line["label"], *(c["text"] for c in line["cells"]), line["all"], verdict, line["start"]]))
+    found = overview(suite, known)
+    head = ["start", "tuned", *(_KINDS[kind] for kind in compared_kinds(suite, known)), "better / worse", "start takes"]
+    lines += ["## Over all tasks: change of the evaluation loss, beside tuned vanilla's", "", *_pipes(head)]
+    lines += [_pipe([line["label"], *line["all"], line["verdict"], line["start"]]) for line in found]
+    lines += ["", "## By task, at the tuned rate", "", *_pipes(["start", *(table.title for table in known)])]
+    lines += [_pipe([line["label"], *(cell["text"] for cell in line["cells"])]) for line in found]
     for table in known:
         lines += ["", f"## {table.title}", "", *_pipes(_columns(table))]
         lines += [_pipe(cells) for cells in _cells(table)]
@@ -160,31 +173,21 @@ def number(value: float | None, digits: int = 3) -> str:
 HOW_TO_READ = (
     "Loss: evaluation loss after training, mean over seeds with Student's 95 % interval. Δ: minus tuned vanilla's, "
     "paired by seed; negative is better. Each method runs at its own tuned rate; * marks a best rate at the edge of "
-    "those tried. p: paired t-test, Holm-adjusted over the methods of the table. Rows: Δ with the interval over test "
-    "rows (bootstrap). To vanilla: steps, and seconds with the start's own, until the training loss is down at "
-    "vanilla's final one, as a share of vanilla's training. Early: mean training loss over the first quarter."
+    "those tried. p: paired t-test, Holm-adjusted over the methods of the table; better and worse are p < 0.05. Rows: Δ "
+    "with the interval over test rows (bootstrap). At vanilla's rate, at the suggested one, with match_lr: Δ without a "
+    "search of the start's own; without an interval it is one seed. To vanilla: steps, and seconds with the start's "
+    "own, until the training loss is down at vanilla's final one, as a share of vanilla's training. Early: mean "
+    "training loss over the first quarter."
 )
 
 
 def _columns(table: Table) -> list[str]:
-    compare = [
-        {
-            "vanilla": "at vanilla's rate",
-            "suggested": "at suggested rate",
-            "matched": "match_lr",
-            "bounded": "match_lr, curvature",
-        }[k]
-        for k in _kinds(table)
-    ]
+    compare = [f"Δ {_KINDS[kind]}" for kind in compared_kinds(table.cell.suite, [table])]
     metric = [f"{table.metric}, %"] if table.metric else []
     rows = ["Δ, rows"] if any(row.rows for row in table.rows) else []
     forgetting = ["forgotten"] if any(row.forgetting.count for row in table.rows) else []
     ends = ["steps to vanilla", "time to vanilla", "early", *forgetting, "start takes", "peak"]
     return ["start", "rate", "seeds", "loss", *metric, "Δ loss", "p", *rows, *compare, *ends]
-
-
-def _kinds(table: Table) -> list[str]:
-    return [kind for kind in table.cell.suite.compare if any(kind in row.compared for row in table.rows)]
 
 
 def _cells(table: Table) -> list[list[str]]:
@@ -199,7 +202,8 @@ def _line(table: Table, row: Row) -> list[str]:
     line += [_interval(row.difference, signed=True), number(row.p_holm, 2)]
     if any(each.rows for each in table.rows):
         line.append(_interval(row.rows, signed=True) if row.rows else "–")
-    line += [_interval(row.compared[kind]) if kind in row.compared else "–" for kind in _kinds(table)]
+    kinds = compared_kinds(table.cell.suite, [table])
+    line += [_interval(row.compared[kind], signed=True) if kind in row.compared else "–" for kind in kinds]
     line += [
         "never" if share is None and row.curve else _share(share) for share in (row.steps_share, row.seconds_share)
     ]
@@ -289,7 +293,7 @@ def _flat(table: Table, row: Row) -> dict[str, Any]:
     flat |= {"method": row.label, "learning_rate": row.tuned, "edge": row.edge, "metric_name": table.metric}
     estimates = {"loss": row.loss, "metric": row.metric, "difference": row.difference}
     estimates |= {"metric_difference": row.metric_difference, "difference_rows": row.rows, "forgetting": row.forgetting}
-    estimates |= {f"loss_{kind}": row.compared.get(kind) for kind in get_args(Comparison)}
+    estimates |= {f"difference_{kind}": row.compared.get(kind) for kind in get_args(Comparison)}
     for name, found in estimates.items():
         values = dataclasses.asdict(found) if found else dict.fromkeys(("mean", "low", "high", "count"))
         flat |= {f"{name}_{part}": value for part, value in values.items()}

@@ -76,16 +76,15 @@ def bench(
         plan, found, counts = Plan(suite, results, retry_failed=retry_failed), len(results.summaries), Counter()
 
         def end(trial: Trial, record: dict[str, Any]) -> None:
+            """Keep a record, and tell the plan."""
             summary = results.write(trial.key, record)
             counts[summary.status] += 1
             plan.ended(trial.key, summary)
             tell(_line(trial, summary, record))
 
         def lose(trial: Trial, why: str) -> None:
-            record = {"method": trial.recipe.method, "model": trial.recipe.model, "task": trial.recipe.task}
-            record |= {"learning_rate": trial.point.rate, "rank": trial.recipe.lora["r"], "seed": trial.point.seed}
-            record |= {"status": "failed", "trial": trial.tags(), "metrics": {}, "error": why}
-            end(trial, record | {"recipe": dataclasses.asdict(trial.recipe), "provenance": provenance.collect()})
+            """Record a trial whose workers died."""
+            end(trial, trial.record("failed") | {"error": why, "provenance": provenance.collect()})
 
         first = plan.next()
         if first is not None:

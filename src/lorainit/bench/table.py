@@ -50,7 +50,7 @@ class Row:
         p: of the difference.
         p_holm: the same, for all rows of the cell together.
         rows: the difference over test rows, bootstrapped; None where rows have no loss of their own.
-        compared: losses by the suite's kinds of comparison.
+        compared: the difference, likewise, by the suite's kinds of comparison: at a rate that was not searched for.
         suggested: that rate; None without a diagnosis.
         steps_share: steps to vanilla's final training loss as a share of all; None if it is never reached.
         seconds_share: the same in wall-clock time, the start's own included, as a share of vanilla's whole training.
@@ -216,7 +216,9 @@ def _row(runs: _Runs, control: _Runs, metric: str | None, vanilla: Group, result
         p=statistics.p_value(differences),
         p_holm=math.nan,
         rows=None if own else _rows(runs, control),
-        compared={kind: statistics.estimate(list(found.values())) for kind, found in runs.compared.items()},
+        compared={
+            kind: statistics.estimate(statistics.paired(found, base)) for kind, found in runs.compared.items() if base
+        },
         suggested=suggested,
         steps_share=reached / curve[-1][0] if reached is not None else None,
         seconds_share=statistics.at_step(clock, reached) / whole if reached is not None and clock and whole else None,

@@ -13,6 +13,7 @@ from ..diagnostics.run import DiagnosisOptions
 from ..errors import LoraInitError
 from ..tasks import DataOptions
 from ..training import LORA_DEFAULTS, TRAIN_DEFAULTS, Recipe
+from .results import Status
 from .search import Point
 from .suite import Forgetting, MethodEntry, ModelEntry, Search, Suite, TaskEntry
 
@@ -123,6 +124,22 @@ class Trial:
             "label": self.label,
             **self.point._asdict(),
             "command": command(self.recipe) if not self.point.diagnosis else None,
+        }
+
+    def record(self, status: Status) -> dict[str, Any]:
+        """Return what every record of the trial says, however it ended."""
+        recipe = self.recipe
+        return {
+            "method": recipe.method,
+            "model": recipe.model,
+            "task": recipe.task,
+            "learning_rate": self.point.rate,
+            "rank": recipe.lora["r"],
+            "seed": self.point.seed,
+            "status": status,
+            "trial": self.tags(),
+            "metrics": {},
+            "recipe": dataclasses.asdict(recipe),
         }
 
 

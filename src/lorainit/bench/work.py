@@ -31,10 +31,7 @@ def carry_out(trial: Trial, root: str | None, judge: Judge | None = None) -> dic
         root: what ``root:FOLDER`` lies below.
         judge: may stop the training early.
     """
-    recipe = trial.recipe
-    record: dict[str, Any] = {"method": recipe.method, "model": recipe.model, "task": recipe.task}
-    record |= {"learning_rate": trial.point.rate, "rank": recipe.lora["r"], "seed": recipe.seed}
-    record |= {"status": "done", "trial": trial.tags(), "metrics": {}}
+    record = trial.record("done")
     try:
         with tempfile.TemporaryDirectory() as scratch, _silence():
             import_modules(list(trial.imports))
@@ -45,7 +42,6 @@ def carry_out(trial: Trial, root: str | None, judge: Judge | None = None) -> dic
     except Exception as error:  # the row says what went wrong; the other trials go on
         said = f"{type(error).__name__}: {error}"
         record |= {"status": "failed", "error": said, "traceback": traceback.format_exc(limit=-8)}
-    record["recipe"] = dataclasses.asdict(recipe)
     return record if "provenance" in record else record | {"provenance": provenance.collect()}
 
 
