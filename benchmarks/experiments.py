@@ -18,9 +18,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lorainit.tables.page import Measured, page
+from lorainit.tables.measured import Measured
+from lorainit.tables.page import page
+from lorainit.tables.place import Place
 from lorainit.tables.table import Table, merge, read_table
-from lorainit.tables.work import Place, work
+from lorainit.tables.work import work
 
 RECIPES, PAGE = Path("recipes/tables"), Path("docs/experiments.md")
 TABLES = ("t5_glue", "vtab", "vtab_ablation", "deberta_glue", "llama_wizardlm", "llama_math")
@@ -90,11 +92,11 @@ def main(data: str | None, only: list[str], shortened: bool, listed: bool, paged
         table = mini(table) if shortened else table
         here = place(data or "{data}")
         if data is not None and not (listed or paged):
-            work(table, table.runs(), here)
+            work(table, here)
         measured = Measured(table, here)
         left = measured.hours()
         rest = "" if left is None else f", {left:.1f} hours of one worker are missing"
-        print(f"{table.name}: {len(measured.results)} of {len(table.runs())} runs{rest}")
+        print(f"{table.name}: {len(measured.results)} runs{rest}")
     if not listed:
         PAGE.write_text(document())
         print(PAGE)

@@ -130,14 +130,16 @@ def table(
     """
     from pathlib import Path
 
-    from .tables.page import Measured, page
+    from .tables.measured import Measured
+    from .tables.page import page
+    from .tables.place import Place
     from .tables.table import read_table
-    from .tables.work import Place, work
+    from .tables.work import work
 
     chosen = read_table(file, scale).selected(row, column, seeds, rates)
     place = Place(Path(results), Path(scratch), data)
     if not show:
-        work(chosen, chosen.runs(), place)
+        work(chosen, place)
     print(page(chosen, place))
     left = Measured(chosen, place).hours()
     if left:

@@ -9,9 +9,11 @@ import yaml
 
 from lorainit.cli import main
 from lorainit.errors import LoraInitError
-from lorainit.tables.page import Measured, page
+from lorainit.tables.measured import Measured
+from lorainit.tables.page import page
+from lorainit.tables.place import Place
 from lorainit.tables.table import Run, read_table
-from lorainit.tables.work import Place, carry_out, taken, work
+from lorainit.tables.work import carry_out, taken, work
 from runs import save_images, save_tiny_vit
 
 
@@ -49,7 +51,7 @@ def done(table_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     table = read_table(table_file)
     place = Place(folder / "results", folder / "scratch", str(table_file.parent))
-    work(table, table.runs(), place)
+    work(table, place)
     return table, place
 
 
@@ -79,7 +81,7 @@ def test_controls_start_where_they_say(done, table_file) -> None:
 def test_what_is_done_is_not_done_again(done) -> None:
     table, place = done
     before = {path: path.stat().st_mtime_ns for path in place.results.rglob("*.json")}
-    work(table, table.runs(), place)
+    work(table, place)
     assert {path: path.stat().st_mtime_ns for path in place.results.rglob("*.json")} == before
 
 

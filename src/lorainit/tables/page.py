@@ -4,64 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
 
-from ..errors import LoraInitError
 from ..tasks.vtab import means
-from .table import Run, Table
-from .work import Place, read_result
-
-Scores = dict[int, float]
-
-
-class Measured:
-    """The results of a table that there are.
-
-    Args:
-        table: the table.
-        place: where they lie.
-    """
-
-    def __init__(self, table: Table, place: Place) -> None:
-        self.table = table
-        found = {run: read_result(place.result(table, run)) for run in table.runs()}
-        self.results: dict[Run, dict[str, Any]] = {run: result for run, result in found.items() if result}
-
-    def scores(self, row: str, column: str, rate: float | None) -> Scores:
-        """Return {seed: score} of a cell at a rate.
-
-        Raises:
-            LoraInitError: the runs have no such metric.
-        """
-        found = {}
-        for run, result in self.results.items():
-            if (run.row, run.column, run.rate) == (row, column, rate):
-                if self.table.score not in result["metrics"]:
-                    raise LoraInitError(
-                        f"table '{self.table.name}' shows '{self.table.score}', but row '{row}' has only "
-                        f"{list(result['metrics'])}"
-                    )
-                found[run.seed] = self.table.times * result["metrics"][self.table.score]
-        return found
-
-    def rates(self, row: str, column: str) -> list[float | None]:
-        """Return the rates at which a cell has been measured."""
-        found = {run.rate for run in self.results if (run.row, run.column) == (row, column)}
-        return sorted(found, key=lambda rate: rate or 0.0)
-
-    def best(self, row: str, column: str) -> float | None:
-        """Return the rate of a cell's best mean score, or None where the row's own is all there is."""
-        sign = -1 if self.table.score == "loss" else 1
-        means = {rate: statistics.mean(self.scores(row, column, rate).values()) for rate in self.rates(row, column)}
-        return max(means, key=lambda rate: sign * means[rate], default=None)
-
-    def hours(self) -> float | None:
-        """Return what the missing runs will take, going by those that are done; None before the first."""
-        costs = [result["cost"] for result in self.results.values()]
-        if not costs:
-            return None
-        mean = statistics.mean(cost["start"]["seconds"] + cost["training"]["seconds"] for cost in costs)
-        return mean * (len(self.table.runs()) - len(costs)) / 3600
+from .measured import Measured
+from .place import Place
+from .table import Table
 
 
 def page(table: Table, place: Place) -> str:
@@ -70,15 +17,16 @@ def page(table: Table, place: Place) -> str:
     lines = [
         f"## {table.title}",
         "",
-        f"Published (in italics): {table.source}. Here: `{table.name}`, {len(measured.results)} of {len(table.runs())}"
-        f" runs, seeds {list(table.seeds)}, mean ± standard deviation.",
+        f"Published (in italics): {table.source}. Here: `{table.name}`, {len(measured.results)} of "
+        f"{len(measured.wanted())} runs, seeds {list(table.seeds)}, mean ± standard deviation.",
         "",
     ]
     if len(table.rates) > 1:
         rates = ", ".join(f"{rate:g}" for rate in table.rates)
         lines += [
-            f"Each row at its best of the rates {rates}, which stands in brackets. It is chosen on the scores that are "
-            "shown: the best of several draws, for every row alike.",
+            f"Each row at its best of the rates {rates} by seed {', '.join(map(str, table.searching_seeds()))}, which "
+            "stands in brackets. It is chosen on the scores that are shown: the best of several draws, for every row "
+            "alike.",
             "",
             *_grid(table, measured, measured.best),
             f"All rows at the rate that is best for {table.reference}:",

@@ -13,6 +13,8 @@
     published:
       LoRA: [69.35]                     # one value a column, null where there is none
     notes: [...]
+    rates: [1.0e-4, 3.0e-4]             # every row is tried at; default: each row's own, in its recipe
+    search_seeds: 1                     # the first seed tries every rate, the others only the best; default: all do
     small:                              # the same on what fits here: other models, columns, budgets, more rows
       recipe: {model: some/folder}
 
@@ -41,7 +43,7 @@ from .controls import CONTROLS
 TEACHER, DRIFT = "teacher:", "drift:"
 # teachers see another order of the rows, and other fresh heads, than the runs that they teach
 TEACHER_SEED = 100
-_SCALED = ("recipe", "columns", "rows", "seeds", "rates", "notes")
+_SCALED = ("recipe", "columns", "rows", "seeds", "rates", "search_seeds", "notes")
 _FIELDS = {"title", "source", "score", "times", "published", "reference", "keep_adapters", "small", *_SCALED}
 
 
@@ -84,6 +86,8 @@ class Table:
         published: {row: {column: value}}.
         seeds: of the runs.
         rates: learning rates that every row is tried at; none for each row's own.
+        search_seeds: so many of the seeds try every rate, the others only the best of the row and that of the
+            reference; default: all try all.
         reference: the row whose best rate the others are compared at.
         notes: what a reader has to know.
         keep_adapters: keep every run's adapter, not only those that other runs need.
@@ -104,12 +108,17 @@ class Table:
     rates: tuple[float, ...]
     reference: str
     notes: tuple[str, ...]
+    search_seeds: int | None = None
     keep_adapters: bool = False
     chosen_rows: tuple[str, ...] = ()
     chosen_columns: tuple[str, ...] = ()
 
+    def searching_seeds(self) -> tuple[int, ...]:
+        """Return the seeds that try every rate."""
+        return self.seeds[: self.search_seeds]
+
     def runs(self) -> list[Run]:
-        """Return all runs, seed by seed: a table that was cut short is still a comparison."""
+        """Return the whole grid, seed by seed: a table that was cut short is still a comparison."""
         rates = self.rates or (None,)
         rows, columns = self.chosen_rows or self.rows, self.chosen_columns or self.columns
         return [Run(r, c, s, rate) for s in self.seeds for c in columns for r in rows for rate in rates]
@@ -209,7 +218,7 @@ def read_table(file: str | Path, scale: str = "paper") -> Table:
             content["columns"] = small["columns"]
         content["rows"] = _small_rows(content["rows"], small.get("rows", {}))
         content["recipe"] = merge(content.get("recipe", {}), small.get("recipe", {}))
-        content |= {key: small[key] for key in ("seeds", "rates", "notes") if key in small}
+        content |= {key: small[key] for key in ("seeds", "rates", "search_seeds", "notes") if key in small}
     rows = {name: changes or {} for name, changes in content["rows"].items()}
     table = Table(
         name=f"{path.stem}-{scale}",
@@ -225,8 +234,11 @@ def read_table(file: str | Path, scale: str = "paper") -> Table:
         rates=tuple(float(rate) for rate in content.get("rates", ())),
         reference=content.get("reference", next(iter(rows))),
         notes=tuple(content.get("notes", ())),
+        search_seeds=content.get("search_seeds"),
         keep_adapters=content.get("keep_adapters", False),
     )
+    if table.search_seeds is not None and not 1 <= table.search_seeds <= len(table.seeds):
+        raise LoraInitError(f"{path}: search_seeds is {table.search_seeds}, not 1 to {len(table.seeds)}")
     names = [slug(row) for row in rows]
     same = [row for row in rows if names.count(slug(row)) > 1]
     if same:

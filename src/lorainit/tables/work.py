@@ -3,61 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ..errors import LoraInitError
 from ..training import train
+from .measured import Measured
+from .place import Place, read_result
 from .table import DRIFT, TEACHER, Run, Table, build
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where the runs of a table leave what they make.
-
-    Attributes:
-        results: folder of the JSON files, one a run: a file there says that the run is done.
-        scratch: folder of adapters that other runs need, and of locks.
-        data: what ``{data}`` stands for in recipes.
-    """
-
-    results: Path
-    scratch: Path
-    data: str = "{data}"
-
-    def result(self, table: Table, run: Run) -> Path:
-        """Return the file with a run's result."""
-        return self.results / table.name / f"{run.name}.json"
-
-    def lock(self, table: Table, run: Run) -> Path:
-        """Return the file whose presence says that a worker is at a run."""
-        return self.scratch / table.name / f"{run.name}.lock"
-
-    def folder(self, table: Table, run: Run) -> Path:
-        """Return the folder with a run's adapter."""
-        return self.scratch / table.name / run.name
-
-
-def work(table: Table, runs: list[Run], place: Place) -> None:
+def work(table: Table, place: Place) -> None:
     """Carry out every run that is missing, and what it needs, as long as there is one that nobody else does."""
+    measured = Measured(table, place)
     while True:
-        pending = [run for run in runs if not place.result(table, run).exists()]
+        pending = [run for run in measured.wanted() if run not in measured.results]
         if not pending:
             return
         ready = list(dict.fromkeys(_first(table, run, place) for run in pending))
         if not any(_attempt(table, run, place, text) for run, text in ready):
             time.sleep(5)  # all that is left is being done by others
-
-
-def read_result(file: Path) -> dict[str, Any] | None:
-    """Return a stored result, or None where the run is not done."""
-    return json.loads(file.read_text()) if file.exists() else None
+        measured.refresh()
 
 
 def _done(table: Table, run: Run, place: Place, text: str = "") -> bool:

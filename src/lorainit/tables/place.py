@@ -1,0 +1,42 @@
+"""Where the runs of a table leave what they make."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from .table import Run, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the runs of a table leave what they make.
+
+    Attributes:
+        results: folder of the JSON files, one a run: a file there says that the run is done.
+        scratch: folder of adapters that other runs need, and of locks.
+        data: what ``{data}`` stands for in recipes.
+    """
+
+    results: Path
+    scratch: Path
+    data: str = "{data}"
+
+    def result(self, table: Table, run: Run) -> Path:
+        """Return the file with a run's result."""
+        return self.results / table.name / f"{run.name}.json"
+
+    def lock(self, table: Table, run: Run) -> Path:
+        """Return the file whose presence says that a worker is at a run."""
+        return self.scratch / table.name / f"{run.name}.lock"
+
+    def folder(self, table: Table, run: Run) -> Path:
+        """Return the folder with a run's adapter."""
+        return self.scratch / table.name / run.name
+
+
+def read_result(file: Path) -> dict[str, Any] | None:
+    """Return a stored result, or None where the run is not done."""
+    return json.loads(file.read_text()) if file.exists() else None
