@@ -6,9 +6,9 @@
 The gain of a method on a task is the relative reduction of its evaluation loss beside vanilla's, each at its best rate,
 paired by seed; its variance is that of one seed's difference, pooled over the methods of the task, by the number of
 seeds. Over tasks: a random-effects mean (Paule and Mandel's variance between tasks), with Hartung and Knapp's interval,
-never narrower than without their correction; p-values are Holm-adjusted over all entries. Each method also gets an
-entry for vanilla's rate with match_lr, and, by diagnostic of vanilla's start, one for the lower and the upper half of
-the tasks.
+never narrower than without their correction. Each method also gets an entry for vanilla's rate with match_lr, and, by
+diagnostic of vanilla's start, one for the lower and the upper half of the tasks. p-values are Holm-adjusted over the
+entries about the same tasks.
 
 The table is evidence for the tasks that it names; `auto` has to be judged on others. So for each task the table also
 tells what a table made from all the others would have chosen there, and what that start gained (``left_out``).
@@ -107,9 +107,11 @@ def entries(tasks: list[Task]) -> list[dict[str, Any]]:
             estimate, p = together([task.gains[method, match_lr] for task in chosen])
             entry = {"method": method, "gain": estimate.mean, "low": estimate.low, "high": estimate.high}
             found.append(entry | {"tasks": estimate.count, "p": p, "match_lr": match_lr, "where": where})
-    adjusted = statistics.holm({str(place): entry["p"] for place, entry in enumerate(found)})
-    for place, entry in enumerate(found):
-        entry["p"] = adjusted[str(place)]
+    for group in {json.dumps(entry["where"]) for entry in found}:
+        alike = {str(place): entry for place, entry in enumerate(found) if json.dumps(entry["where"]) == group}
+        for place, p in statistics.holm({place: entry["p"] for place, entry in alike.items()}).items():
+            alike[place]["p"] = p
+    for entry in found:
         entry |= {name: float(f"{entry[name]:.4g}") for name in ("gain", "low", "high", "p")}
     return sorted(found, key=lambda entry: -entry["gain"])
 

@@ -30,7 +30,7 @@ class Evidence:
         low: lower end of its 95 % interval over tasks.
         high: upper end.
         tasks: how many tasks.
-        p: of the gain, adjusted for all entries of the table (Holm).
+        p: of the gain, adjusted for the entries about the same tasks (Holm).
         match_lr: whether it ran at vanilla's rate with ``match_lr``, rather than at a tuned rate of its own.
         where: the entry holds where each of these diagnostics of the fresh adapter lies between two values; see
             `lorainit.Diagnosis` for their meaning.
