@@ -1,6 +1,6 @@
 """The second half of the small T5's pretraining: supervised prompts, as T5's own mixture has them.
 
-    python benchmarks/backbones/prompt_t5.py --shared FOLDER       # after pretrain_t5.py; 5 to 8 minutes of two CPU cores
+    python benchmarks/backbones/prompt_t5.py --shared FOLDER     # after pretrain_t5.py; 8 minutes of two CPU cores
 
 Spans alone teach a model this small to look for words nearby, not to read a text for one label word, and an adapter of
 rank 8 cannot make up for that: LoRA stayed at the majority class. T5 was trained on labelled tasks beside the spans

@@ -76,7 +76,8 @@ def test_tasks_that_disagree_more_than_their_noise_count_alike_and_give_the_t_te
 def test_tasks_that_agree_better_than_their_noise_are_no_surer_than_it_and_weigh_by_it(evidence) -> None:
     mean, _ = evidence.together([evidence.Gain(0.02, 4e-4), evidence.Gain(0.02, 4e-4), evidence.Gain(0.02, 4e-4)])
     assert mean.mean == pytest.approx(0.02)
-    assert (mean.high - mean.low) / 2 == pytest.approx(4.30265 * (4e-4 / 3) ** 0.5, rel=1e-4)  # Student's with 2 degrees
+    student = 4.30265  # two degrees of freedom
+    assert (mean.high - mean.low) / 2 == pytest.approx(student * (4e-4 / 3) ** 0.5, rel=1e-4)
     mean, _ = evidence.together([evidence.Gain(0.01, 1e-4), evidence.Gain(0.0, 1e-2), evidence.Gain(0.0, 1e-2)])
     assert mean.mean == pytest.approx(0.01 * 1e4 / (1e4 + 100 + 100))
 

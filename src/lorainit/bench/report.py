@@ -173,7 +173,7 @@ def number(value: float | None, digits: int = 3) -> str:
 HOW_TO_READ = (
     "Loss: evaluation loss after training, mean over seeds with Student's 95 % interval. Δ: minus tuned vanilla's, "
     "paired by seed; negative is better. Each method runs at its own tuned rate; * marks a best rate at the edge of "
-    "those tried. p: paired t-test, Holm-adjusted over the methods of the table; better and worse are p < 0.05. Rows: Δ "
+    "those tried. p: paired t-test, Holm-adjusted over the methods of the table; better and worse: p < 0.05. Rows: Δ "
     "with the interval over test rows (bootstrap). At vanilla's rate, at the suggested one, with match_lr: Δ without a "
     "search of the start's own; without an interval it is one seed. To vanilla: steps, and seconds with the start's "
     "own, until the training loss is down at vanilla's final one, as a share of vanilla's training. Early: mean "
