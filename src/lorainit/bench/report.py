@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -126,7 +127,7 @@ def compared_kinds(suite: Suite, known: list[Table]) -> list[Comparison]:
     return [kind for kind in suite.compare if any(kind in row.compared for table in known for row in table.rows)]
 
 
-def _relative(found: list[Estimate | None], bases: list[float]) -> str:
+def _relative(found: Sequence[Estimate | None], bases: list[float]) -> str:
     """Return the mean over cells of changes relative to vanilla's loss."""
     shares = [each.mean / base for each, base in zip(found, bases, strict=True) if each and each.count and base]
     return _percent(statistics.estimate(shares)) if shares else "–"
