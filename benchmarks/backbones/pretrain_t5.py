@@ -244,7 +244,6 @@ def main(shared: Path, steps: int) -> None:
     trainer.train(resume_from_checkpoint=last)
     cost = {"wall_seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - processor}
     scores = trainer.evaluate()
-    model.config.dropout_rate = 0.1  # as T5-base: the tasks train with it
     model.to(torch.bfloat16).save_pretrained(OUTPUT)
     log = {
         "tokens": train.numel(),
