@@ -9,9 +9,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from lorainit import LoraInitError, NonFiniteError, RankRule, available, checkpoint
+from lorainit import LoraInitError, NonFiniteError, RankRule, available, checkpoint, training
 from lorainit.tasks import DataOptions, get_task
-from lorainit.training import Calibration, Recipe, evaluate, load_base, merge_folder, resolve_model, train
+from lorainit.training import (
+    Calibration,
+    Recipe,
+    evaluate,
+    load_base,
+    merge_folder,
+    resolve_model,
+    start,
+    started,
+    train,
+)
 from runs import save_images, save_sentences, save_tiny_bert, save_tiny_t5, save_tiny_vit
 
 QUIET = {"disable_tqdm": True, "per_device_train_batch_size": 8, "logging_steps": 1, "use_cpu": True}
@@ -276,3 +286,32 @@ def test_adalora_spends_its_budget_where_it_matters(files, tmp_path) -> None:
     # the mean rank has come down to the target, and layers differ
     assert sum(ranks) == pytest.approx(2 * len(ranks), abs=1)
     assert len(set(ranks)) > 1
+
+
+@pytest.mark.parametrize("make", [train, start, started])
+def test_the_start_is_computed_where_the_training_is(files, tmp_path, make, monkeypatch) -> None:
+    seen = []
+
+    def note(model, *args, **options):
+        seen.append({p.device.type for p in model.parameters()})
+        raise LoraInitError("seen")
+
+    # no second device is needed for weights without values
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("meta"))
+    monkeypatch.setattr(training, "initialize", note)
+    with pytest.raises(LoraInitError, match="seen"):
+        make(recipe(files, tmp_path))
+    assert seen == [{"meta"}]
+
+
+@pytest.mark.parametrize("mark", ["hf_device_map", "is_quantized"])
+def test_a_model_that_is_placed_at_loading_stays_there(mark, monkeypatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("meta"))
+    model, arguments = torch.nn.Linear(2, 2), TrainingArguments(report_to="none", use_cpu=True)
+    setattr(model, mark, {"": 0})
+    assert training._placed(model, arguments).weight.device.type == "cpu"
+    setattr(model, mark, None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert training._placed(model, arguments).weight.device.type == "cpu"
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert training._placed(model, arguments).weight.device.type == "meta"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -138,7 +139,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     train_set, eval_set = (task.encode(part, tokenizer, recipe.data.max_length) for part in rows)
 
     steps = baselines.total_steps(arguments, len(train_set))
-    model = _with_adapter(model, task, recipe, fresh, steps)
+    model = _placed(_with_adapter(model, task, recipe, fresh, steps), arguments)
     with measure() as start_cost:
         report = None
         if recipe.start is not None:
@@ -216,7 +217,7 @@ def start(recipe: Recipe) -> InitReport:
     set_seed(recipe.seed)
     model, tokenizer, fresh = load_base(recipe.model, task, recipe.dtype)
     rows = _calibration(method, recipe, task, tokenizer)
-    model = add_lora(model, task, recipe.lora, fresh)
+    model = _placed(add_lora(model, task, recipe.lora, fresh), _training_arguments(recipe, Path(recipe.output)))
     report = _start(model, method, recipe, rows, task.collator(tokenizer))
     model.save_pretrained(recipe.output)
     return report
@@ -236,7 +237,7 @@ def started(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Dataset
     set_seed(recipe.seed)
     model, tokenizer, fresh = load_base(recipe.model, task, recipe.dtype)
     rows = task.encode(task.load_data(recipe.data, recipe.seed)[0], tokenizer, recipe.data.max_length)
-    model = add_lora(model, task, recipe.lora, fresh)
+    model = _placed(add_lora(model, task, recipe.lora, fresh), _training_arguments(recipe, Path(recipe.output)))
     if recipe.start is not None:
         checkpoint.load(model, recipe.start)
         return model, tokenizer, rows, 0
@@ -293,6 +294,20 @@ def _with_adapter(
     if recipe.adapter == "adalora":
         return baselines.add_adalora(model, {"task_type": task.task_type} | LORA_DEFAULTS | recipe.lora, steps, fresh)
     return add_lora(model, task, recipe.lora, fresh)
+
+
+def _placed(model: Any, arguments: TrainingArguments) -> Any:
+    """Return the model on the device that it is trained on, so that the start is computed there too.
+
+    The Trainer moves it only after the start. Left where they are: a model that was placed at loading (quantized,
+    ``device_map``), and one that FSDP or DeepSpeed will place, which may not fit on one device.
+    """
+    marks = ("hf_device_map", "is_quantized", "is_distributed_loading_by_transformers")
+    at_loading = any(getattr(model, mark, None) for mark in marks)
+    by_launcher = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+    if at_loading or arguments.fsdp or arguments.deepspeed or by_launcher:
+        return model
+    return model.to(arguments.device)
 
 
 def evaluate(

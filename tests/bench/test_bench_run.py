@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +193,18 @@ def test_a_suite_that_shares_the_folder_is_reported_by_name(finished, tmp_path) 
     assert labels == ["kaiming", "rslora", "init-ab", "random"]
     with pytest.raises(LoraInitError, match="there is no suite"):
         write_report(finished, tmp_path, tmp_path / "none.yaml")
+
+
+def test_a_suite_that_was_just_begun_has_a_report(finished, tmp_path) -> None:
+    results = Results(finished)
+    first = next(key for key, found in results.summaries.items() if found.status == "done" and found.ratio is None)
+    target = tmp_path / f"{first}.json"
+    target.parent.mkdir(parents=True)
+    shutil.copy(results.path(first), target)
+    shutil.copy(finished / "suite.json", tmp_path)
+    page, text, _ = (file.read_text() for file in write_report(tmp_path, tmp_path))
+    assert "Unfinished" in page
+    assert "kaiming" in text
 
 
 def test_a_folder_without_results_is_refused(tmp_path) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from lorainit.bench.results import Results
 
 
@@ -55,3 +57,14 @@ def test_the_files_are_the_truth(tmp_path) -> None:
     again = Results(tmp_path).summaries
     assert {key: summary.loss for key, summary in again.items()} == {"c/changed": 7.25, "c/kept": 1.0}
     assert len((tmp_path / "index.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ['{"status": "done", "met', "[]", "{}"])
+def test_a_file_that_holds_no_trial_is_named_and_counts_as_missing(tmp_path, text) -> None:
+    results = Results(tmp_path)
+    results.write("c/kept", record(1.0))
+    results.close()
+    (tmp_path / "c" / "broken.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"broken\.json holds no trial"):
+        again = Results(tmp_path)
+    assert set(again.summaries) == {"c/kept"}

@@ -60,6 +60,7 @@ def test_controls_come_first_and_are_never_left_out(tmp_path) -> None:
         ("name: x", "name: x\nimports: [no_such_module]", "module 'no_such_module' cannot be imported"),
         ("name: x", "name: x\nresources: {workers: 0}", "workers must be at least 1"),
         ("loram,", "loram, loram,", "methods: loram stands there twice"),
+        ("label: m", "label: a/b", "models: label 'a/b' cannot be a folder's name"),
         ("{task: sst2,", "{task: sst2, forgetting: {task: text},", "causal language model only"),
         ('tasks: [{task: sst2, data: {path: "root:sst2"}}]', "tasks: []", "models: m: tasks is empty"),
     ],

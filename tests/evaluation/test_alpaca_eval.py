@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 
@@ -40,7 +39,7 @@ def data(tmp_path):
     folder = tmp_path / "data"
     save_annotator(folder, "mine", **LOGPROBS)
     rows = [{"instruction": f"do {i}", "output": "reference" + "." * i, "generator": "r"} for i in range(COUNT)]
-    (folder / "reference.json").write_text(json.dumps(rows))
+    (folder / "alpaca_eval_gpt4_baseline.json").write_text(json.dumps(rows))
     mine = [{"instruction": f"do {i}", "output": "model" + "!" * (i % 5 + 30 * (i % 2))} for i in range(COUNT)]
     mine[3]["output"], mine[4]["output"] = rows[3]["output"], rows[4]["output"]
     (folder / "answers.json").write_text(json.dumps(mine[::-1]))
@@ -66,7 +65,11 @@ def choose(body, _):
 
 
 def options(data, server, tmp_path, **more):
-    usual = {"reference": "reference.json", "answers": str(data / "answers.json"), "annotators": str(data)}
+    usual = {
+        "reference": "alpaca_eval_gpt4_baseline.json",
+        "answers": str(data / "answers.json"),
+        "annotators": str(data),
+    }
     judge = Judge("judge", base_url=server.url)
     return AlpacaEval(judge, str(tmp_path / "out"), str(data), annotator="mine", **(usual | more))
 
@@ -128,7 +131,7 @@ def test_a_model_with_an_adapter_writes_the_outputs(data, tmp_path, capsys):
             "--data",
             str(data),
             "--reference",
-            "reference.json",
+            "alpaca_eval_gpt4_baseline.json",
             "--annotator",
             "mine",
             "--annotators",
@@ -155,8 +158,8 @@ def test_draws_cost_nothing(data, tmp_path):
             NOWHERE,
             str(tmp_path / "out"),
             str(data),
-            "reference.json",
-            answers=str(data / "reference.json"),
+            "alpaca_eval_gpt4_baseline.json",
+            answers=str(data / "alpaca_eval_gpt4_baseline.json"),
             annotator="mine",
             annotators=str(data),
         )
@@ -205,11 +208,17 @@ def test_the_difficulties_come_from_the_first_row_of_an_instruction(data):
         ({}, "a model or a file of answers, not both"),
         ({"model": "m", "answers": "a"}, "not both"),
         ({"model": "m", "instructions": 0}, "instructions must be ≥ 1"),
+        ({"model": "m", "reference": "mine.json"}, "not to mine.json: set length_control.gamed to .* null"),
     ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(LoraInitError, match=message):
         AlpacaEval(NOWHERE, "out", **options)
+
+
+@pytest.mark.parametrize("control", [None, LengthControl(None, "d.csv"), LengthControl("mine.csv")])
+def test_another_reference_needs_gamed_verdicts_of_its_own_or_none(control):
+    assert AlpacaEval(NOWHERE, "out", model="m", reference="mine.json", length_control=control).reference == "mine.json"
 
 
 def test_answers_to_other_instructions_are_an_error(data, tmp_path):
@@ -220,7 +229,7 @@ def test_answers_to_other_instructions_are_an_error(data, tmp_path):
                 NOWHERE,
                 str(tmp_path / "out"),
                 str(data),
-                "reference.json",
+                "alpaca_eval_gpt4_baseline.json",
                 answers=str(data / "few.json"),
                 annotator="mine",
                 annotators=str(data),
@@ -286,9 +295,9 @@ def test_a_judge_with_the_published_opinions_gives_the_published_win_rate(shared
     with serving(answer) as server:
         more = {"answers": str(source / f"model_outputs/{name}.parquet"), "annotators": str(tmp_path)}
         control = LengthControl(None, "instruction_difficulty_estimated.csv")
-        chosen = options(source, server, tmp_path, reference="reference_gpt4_1106_preview.parquet", **more)
+        more |= {"reference": "reference_gpt4_1106_preview.parquet", "length_control": control}
         save_annotator(tmp_path, "mine", **LOGPROBS)
-        result = run(dataclasses.replace(chosen, length_control=control))
+        result = run(options(source, server, tmp_path, **more))
     assert len(server.bodies) == 800  # 5 outputs are the reference's own
     assert result["metrics"]["win rate"]["value"] == pytest.approx(9.400320574596272, abs=1e-3)
     fitted = result["metrics"]["length-controlled win rate, fitted alone"]["value"]

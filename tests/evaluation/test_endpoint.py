@@ -30,7 +30,7 @@ def script(*replies):
 
 def test_the_request_is_what_was_asked_for_and_the_reply_what_came():
     with serving(script(completion("Rating: [[7]]"))) as server:
-        assert ask(server) == Reply("Rating: [[7]]", (), 100, 10)
+        assert ask(server) == Reply("Rating: [[7]]", (), 100, 10, model="judge")
     assert server.bodies == [{"model": "judge", "messages": MESSAGES, "temperature": 0}]
 
 
@@ -144,7 +144,7 @@ def test_a_bad_reply_is_a_reply_with_a_problem(reply, problem):
 def test_lies_about_the_tokens_count_as_none(usage):
     with serving(script(completion("fine", usage=usage))) as server:
         found = ask(server)
-    assert (found.text, found.prompt_tokens, found.completion_tokens) == ("fine", 0, 0)
+    assert (found.text, found.prompt_tokens, found.completion_tokens) == ("fine", None, None)
 
 
 def test_requests_start_no_faster_than_allowed_repetitions_included():

@@ -85,14 +85,53 @@ def test_an_endpoint_that_goes_down_leaves_what_it_said(tmp_path):
         return echo(body, number) if number < 7 else status(500)
 
     path = tmp_path / "v.jsonl"
-    with serving(until_seven) as server, pytest.raises(EndpointError, match=r"status 500.*7 of 20 .*v\.jsonl: run the"):
+    with (
+        serving(until_seven) as server,
+        pytest.raises(EndpointError, match=r"5 requests in a row .*500.*7 of 20 .*run the"),
+    ):
         judge_all(requests(20), judge(server, concurrency=3), Records(path), number)
-    assert len(path.read_text().splitlines()) == 7
-    assert len(server.bodies) <= 12  # those under way, and not all of the others
+    asked = len(server.bodies)
+    assert 12 <= asked <= 17  # those under way, and not all of the others
+    assert sum(json.loads(text)["answered"] for text in path.read_text().splitlines()) == 7
     with serving(echo) as server:
         verdicts, _ = judge_all(requests(20), judge(server), Records(path), number)
     assert [v.value for v in verdicts] == list(range(20))
     assert len(server.bodies) == 13
+
+
+@pytest.mark.parametrize("bad", ["q0", "q5", "q7"])
+def test_one_request_that_always_fails_does_not_end_the_run(tmp_path, bad):
+    """Neither the first time, wherever it stands, nor when it is the only one left."""
+
+    def answer(body, number):
+        return status(500) if body["messages"][-1]["content"] == bad else echo(body, number)
+
+    with serving(answer) as server:
+        for asked in (8, 9):
+            options = judge(server, concurrency=1)
+            verdicts, usage = judge_all(requests(8), options, Records(tmp_path / "v.jsonl"), number)
+            assert len(server.bodies) == asked
+            assert usage.requests == 7
+            (lost,) = (v for v in verdicts if not v.answered)
+            assert lost.id == bad.removeprefix("q")
+            assert "status 500" in lost.problem
+
+
+def test_a_run_without_any_answer_is_an_error(tmp_path):
+    with serving(lambda *_: status(500)) as server, pytest.raises(EndpointError, match="status 500.*0 of 2 replies"):
+        judge_all(requests(2), judge(server), Records(tmp_path / "v.jsonl"), number)
+
+
+def test_the_cost_is_not_known_where_a_reply_is_not_counted_and_the_models_are_told(tmp_path):
+    def answer(body, number):
+        first = body["messages"][-1]["content"] == "q0"
+        return echo(body, number) | ({"usage": None} if first else {"model": "judge-2024"})
+
+    with serving(answer) as server:
+        options = judge(server, input_price=2.0, output_price=10.0)
+        _, usage = judge_all(requests(3), options, Records(tmp_path / "v.jsonl"), number)
+    assert (usage.cost, usage.uncounted, usage.prompt_tokens) == (None, 1, 200)
+    assert usage.models == ["judge", "judge-2024"]
 
 
 def test_an_endpoint_that_answers_nothing_usable_is_not_asked_for_ever(tmp_path):

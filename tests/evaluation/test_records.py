@@ -47,6 +47,13 @@ def test_a_foreign_line_is_an_error_that_names_it(tmp_path, text):
         Records(path)
 
 
+def test_half_a_surrogate_pair_is_stored(tmp_path):
+    """A model may say one, and its reply has been paid for."""
+    key = fingerprint("\ud800")
+    Records(tmp_path / "lines.jsonl").append(line(key, text="a\ud800½"))
+    assert Records(tmp_path / "lines.jsonl")[key]["text"] == "a\ud800½"
+
+
 def test_threads_do_not_mix_their_lines(tmp_path):
     records = Records(tmp_path / "lines.jsonl")
     with ThreadPoolExecutor(8) as pool:

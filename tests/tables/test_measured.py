@@ -7,6 +7,7 @@ import yaml
 
 from lorainit.errors import LoraInitError
 from lorainit.tables.measured import Measured
+from lorainit.tables.page import page
 from lorainit.tables.place import Place
 from lorainit.tables.table import Run, Table, read_table
 
@@ -66,6 +67,21 @@ def test_a_seed_that_does_not_search_cannot_move_the_best_rate(measured) -> None
         write("LoRA", rate, score)
     write("LoRA", 1e-2, 0.0, seed=1)
     assert found.best("LoRA", "C") == 1e-2
+
+
+def test_a_rate_at_which_a_seed_diverged_is_not_the_best_and_its_cell_says_so(measured) -> None:
+    found, write = measured
+    for rate, score in zip(RATES, (0.3, 0.5, 0.4), strict=True):
+        write("LoRA", rate, score)
+    lost = found.place.result(found.table, Run("LoRA", "C", 1, 1e-2))
+    lost.write_text(json.dumps({"status": "diverged", "message": "nan"}))
+    found.refresh()
+    assert found.best("LoRA", "C") == 1e-2  # the seed does not search
+    assert found.scores("LoRA", "C", 1e-2) == {0: 50.0}
+    assert found.diverged("LoRA", "C", 1e-2) == {1}
+    assert "| LoRA | 50.00, 1 diverged [0.01] |" in page(found.table, found.place)
+    all_search = Measured(table(found.place.results), found.place)
+    assert all_search.best("LoRA", "C") == 1e-1
 
 
 def test_without_search_seeds_every_seed_tries_every_rate(tmp_path) -> None:

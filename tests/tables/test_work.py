@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 from lorainit.cli import main
-from lorainit.errors import LoraInitError
+from lorainit.errors import LoraInitError, NonFiniteError
+from lorainit.tables import work as module
 from lorainit.tables.measured import Measured
 from lorainit.tables.page import page
 from lorainit.tables.place import Place
@@ -121,16 +123,84 @@ def test_a_row_that_fails_says_which_it_is_and_leaves_no_result(table_file, tmp_
     assert not place.results.exists()
 
 
-def test_a_lock_is_for_the_living(tmp_path) -> None:
+def test_a_lock_is_for_one(tmp_path) -> None:
     lock = tmp_path / "lock"
     with taken(lock) as mine, taken(lock) as again:
         assert mine
         assert not again
-        assert int(lock.read_text()) == os.getpid()
-    lock.write_text("999999999")  # no process has this number
+        assert lock.exists()
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("left", ["", "1", "999999999"], ids=["empty", "living process", "dead process"])
+def test_a_file_that_nobody_holds_is_no_lock(tmp_path, left) -> None:
+    lock = tmp_path / "lock"
+    lock.write_text(left)
     with taken(lock) as mine:
         assert mine
     assert not lock.exists()
+
+
+def test_a_lock_falls_with_its_process(tmp_path) -> None:
+    lock = tmp_path / "lock"
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(lock)], **pipes) as other:
+        assert other.stdout
+        other.stdout.readline()
+        with taken(lock) as mine:
+            assert not mine
+        assert lock.exists()
+        other.kill()
+    with taken(lock) as mine:
+        assert mine
+
+
+def test_a_file_that_its_holder_removed_is_not_locked(tmp_path) -> None:
+    lock = tmp_path / "lock"
+    with lock.open("w") as stale:
+        lock.unlink()
+        assert not module._locked(stale.fileno(), lock)
+        lock.write_text("another's")
+        assert not module._locked(stale.fileno(), lock)
+
+
+@pytest.mark.parametrize("data", [".", "data", "0", "data/", "/", ""])
+def test_folders_are_named_only_where_a_text_is_a_path_into_them(table_file, tmp_path, monkeypatch, data) -> None:
+    table, run = read_table(table_file), Run("LoRA", "Digits", 0)
+    place = Place(tmp_path / "results", tmp_path / "scratch", data)
+    kept = {"data": 0.5, "text": "no data. 0", "near": f"{data.rstrip('/')}x", "none": "", "list": [1.0, None, True]}
+    paths = {"file": f"{data.rstrip('/')}/vit", "output": str(place.folder(table, run))} if data else {}
+    monkeypatch.setattr(module, "train", lambda recipe: kept | {"paths": [paths]})
+    carry_out(table, run, place)
+    result = json.loads(place.result(table, run).read_text())
+    assert {key: result[key] for key in kept} == kept
+    named = {"file": "{data}/vit", "output": "SCRATCH/tiny-paper/digits/lora_own_0"}
+    assert result["paths"] == [named if data else {}]
+
+
+def test_what_diverges_and_what_needs_it_is_done_and_shown_as_such(table_file, tmp_path, monkeypatch) -> None:
+    def train(recipe):
+        if recipe.train["learning_rate"] == 1e-2 or recipe.seed != 0:
+            raise NonFiniteError("the loss is nan")
+        return {"metrics": {"accuracy": 0.5}, "cost": {part: {"seconds": 1.0} for part in ("start", "training")}}
+
+    monkeypatch.setattr(module, "train", train)
+    table = read_table(table_file).selected(["LoRA", "Continued"])
+    place = Place(tmp_path / "results", tmp_path / "scratch", str(table_file.parent))
+    table = dataclasses.replace(table, recipe=table.recipe | {"train": {"learning_rate": 1.0}})
+    work(table, place)
+    stored = json.loads(place.result(table, Run("Continued", "Digits", 0, 1e-3)).read_text())
+    assert stored["status"] == "diverged"
+    assert stored["message"] == "'teacher:LoRA' diverged: the loss is nan"
+    assert (stored["table"], stored["row"], stored["column"]) == ("tiny-paper", "Continued", "Digits")
+    measured = Measured(table, place)
+    assert (measured.best("LoRA", "Digits"), measured.best("Continued", "Digits")) == (1e-3, None)
+    assert measured.hours() == 0
+    text = page(table, place)
+    assert "| LoRA | 50.00 [0.001]<br>*12.5* |" in text
+    assert "| Continued | diverged |" in text
+    assert "| Continued | diverged [0.001] |" in text
 
 
 def test_the_command_prints_the_table(done, table_file, capsys) -> None:

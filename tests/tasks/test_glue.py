@@ -81,3 +81,30 @@ def test_calibration_rows_come_from_a_named_split_or_a_file_and_may_lack_labels(
     ):
         with pytest.raises(LoraInitError, match=message):
             task.load_rows(options, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "message"),
+    [
+        ("sst2", {"sentence": ["a", None], "label": [0, 1]}, "row 1 holds nothing .* in column 'sentence'"),
+        ("sst2-t5", {"sentence": ["a", None], "label": [0, 1]}, "row 1 holds nothing .* in column 'sentence'"),
+        ("sst2", {"sentence": ["a", "b"], "label": [None, 1]}, "row 0 holds nothing .* in column 'label'"),
+        ("gsm8k", {"question": [None], "answer": ["b"]}, "row 0 holds nothing .* in column 'question'"),
+        ("gsm8k", {"question": ["a"], "answer": [None]}, "row 0 holds nothing .* in column 'answer'"),
+        ("gsm8k", {"question": ["a"], "answer": [3]}, r"row 0 holds 3 \(int64\) in column 'answer', which is no text"),
+        ("sst2", {"sentence": ["a"], "label": [0.5]}, "column 'label', which is no integer"),
+        ("sst2-t5", {"sentence": ["a"], "label": ["good"]}, "column 'label', which is no integer"),
+        ("stsb", {"sentence1": ["a"], "sentence2": ["b"], "label": ["high"]}, "column 'label', which is no number"),
+    ],
+)
+def test_missing_values_and_labels_of_the_wrong_type_are_refused_by_row(tmp_path, task, columns, message) -> None:
+    for split in ("train", "validation", "test"):
+        Dataset.from_dict(columns).to_parquet(str(tmp_path / f"{split}.parquet"))
+    with pytest.raises(LoraInitError, match=f"task '{task}': split 'train': .*{message}"):
+        get_task(task).load_data(DataOptions(path=str(tmp_path)), seed=0)
+
+
+def test_an_input_of_alpacas_may_be_missing(tmp_path) -> None:
+    rows = Dataset.from_dict({"instruction": ["a"] * 50, "input": [None, *"b" * 49], "output": ["c"] * 50})
+    rows.to_parquet(str(tmp_path / "train.parquet"))
+    assert len(get_task("alpaca").load_data(DataOptions(path=str(tmp_path)), seed=0)[0]) == 48

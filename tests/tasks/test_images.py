@@ -121,3 +121,13 @@ def test_the_local_extracts_are_read_by_the_same_code(shared) -> None:
     path = str(shared / "data/vtab/fashion_mnist")
     train, test = get_task("fashion-mnist").load_data(DataOptions(path=path), 0)
     assert (len(train), len(test)) == (1000, 10000)
+
+
+@pytest.mark.parametrize("label", ["cat", 0.5])
+def test_labels_that_are_no_integers_are_refused(tmp_path, label) -> None:
+    for split in ("train", "validation", "test"):
+        colours(4).remove_columns("label").add_column("label", [label] * 4).to_parquet(
+            str(tmp_path / f"{split}.parquet")
+        )
+    with pytest.raises(LoraInitError, match="split 'train': row 0 holds .* in column 'label', which is no integer"):
+        get_task("svhn").load_data(DataOptions(path=str(tmp_path)), seed=0)

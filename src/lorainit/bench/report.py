@@ -92,7 +92,7 @@ def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
         titles=[table.title for table in known],
         papers=_papers(suite),
         layers=_layers,
-        provenance=known[0].provenance,
+        provenance=next((table.provenance for table in known if table.provenance), {}),
         missing=sum(row.missing for table in known for row in table.rows),
         errors=[(key, error) for table in known for row in table.rows for key, error in row.errors.items()],
         number=number,

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -95,9 +96,13 @@ class Results:
                     known[key] = Summary(**(entry | {"stamp": tuple(entry["stamp"])}))
         for key, stamp in self._files():
             summary = known.get(key)
-            self.summaries[key] = (
-                summary if summary is not None and summary.stamp == stamp else _summary(self.read(key), self.path(key))
-            )
+            if summary is None or summary.stamp != stamp:
+                try:
+                    summary = _summary(self.read(key), self.path(key))
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    warnings.warn(f"{self.path(key)} holds no trial, which counts as missing: {error!r}", stacklevel=3)
+                    continue
+            self.summaries[key] = summary
         if lines != len(self.summaries) or any(known.get(key) != s for key, s in self.summaries.items()):
             text = "".join(_line(key, summary) for key, summary in self.summaries.items())
             _replace(self.folder / _INDEX, text)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -220,6 +221,10 @@ class Suite:
         return {"search": self.search} | {where: search for where, search in tasks.items() if search is not None}
 
 
+# results lie in folders that are called after models, tasks and methods
+_LABEL = r"[^/\\.][^/\\]*"
+
+
 def load(file: str | Path) -> Suite:
     """Read a suite and check all that can be known before anything runs.
 
@@ -251,7 +256,7 @@ def read(file: str | Path) -> Suite:
         text = Path(file).read_text()
         nested = "suite:\n" + "".join(f"  {line}\n" for line in text.splitlines())
         found: Any = parser.instantiate_classes(parser.parse_string(nested))
-    except ArgumentError as error:
+    except (ArgumentError, UnicodeDecodeError) as error:
         raise LoraInitError(f"suite {file}: {' '.join(str(error).split())}") from error
     return found.suite
 
@@ -290,6 +295,11 @@ def _check_lists(suite: Suite) -> None:
         if not values:
             raise LoraInitError(f"{where} is empty: there is nothing to run")
     lists["methods"] = [entry if isinstance(entry, str) else entry.label for entry in suite.methods]
+    named = {where: [str(value) for value in values] for where, values in lists.items() if "exponents" not in where}
+    for where, names in named.items():
+        wrong = [name for name in names if not re.fullmatch(_LABEL, name)]
+        if wrong:
+            raise LoraInitError(f"{where}: label '{wrong[0]}' cannot be a folder's name; give it one without / and \\")
     for where, values in lists.items():
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:

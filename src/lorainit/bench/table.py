@@ -156,7 +156,7 @@ def _table(pairs: list[tuple[Group, Group]], results: Results) -> Table:
     adjusted = statistics.holm({row.label: row.p for row in rows})
     rows = [dataclasses.replace(row, p_holm=adjusted[row.label]) for row in rows]
     known = [record for each in runs.values() for record in each.records.values()]
-    return Table(cell, metric, rows, known[0]["provenance"] if known else {})
+    return Table(cell, metric, rows, next((r["provenance"] for r in known if "provenance" in r), {}))
 
 
 def _runs(group: Group, vanilla: Group, results: Results) -> _Runs:

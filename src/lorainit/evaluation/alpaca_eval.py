@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .length_control import Gamed
 
 
+# the published verdicts on gamed outputs, and the reference that they are about
+_GAMED, _REFERENCE = "df_gamed.csv", "alpaca_eval_gpt4_baseline"
+
+
 @dataclasses.dataclass(frozen=True)
 class LengthControl:
     """Where the length-controlled win rate gets what it needs besides the verdicts.
@@ -39,7 +43,7 @@ class LengthControl:
             ``gamed``.
     """
 
-    gamed: str | None = "df_gamed.csv"
+    gamed: str | None = _GAMED
     difficulty: str | None = None
 
 
@@ -66,7 +70,7 @@ class AlpacaEval:
     judge: Judge
     output: str
     data: str = "tatsu-lab/alpaca_eval"
-    reference: str = "alpaca_eval_gpt4_baseline.json"
+    reference: str = f"{_REFERENCE}.json"
     model: str | None = None
     adapter: str | None = None
     answers: str | None = None
@@ -82,6 +86,17 @@ class AlpacaEval:
             raise LoraInitError("alpaca-eval: name a model or a file of answers, not both")
         if self.instructions is not None and self.instructions < 1:
             raise LoraInitError(f"alpaca-eval: instructions must be ≥ 1, got {self.instructions}")
+        self._check_control()
+
+    def _check_control(self) -> None:
+        """Refuse AlpacaEval's gamed verdicts with a reference that they are not about."""
+        gamed = self.length_control.gamed if self.length_control else None
+        if gamed == _GAMED and Path(self.reference).stem != _REFERENCE:
+            raise LoraInitError(
+                f"alpaca-eval: {_GAMED} belongs to the reference {_REFERENCE} (gpt4_1106_preview), not to "
+                f"{self.reference}: set length_control.gamed to a file of its own, or to null with "
+                "length_control.difficulty, or set length_control to null"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +111,7 @@ class Pair:
     def swapped(self, seed: int) -> bool:
         """Return whether the judge sees the model's output first: a coin that falls the same in every run."""
         text = f"{seed}\n{self.instruction}\n{self.reference}\n{self.output}"
-        return hashlib.sha256(text.encode()).digest()[0] % 2 == 1
+        return hashlib.sha256(text.encode(errors="backslashreplace")).digest()[0] % 2 == 1
 
 
 def run(options: AlpacaEval) -> dict[str, Any]:
@@ -274,4 +289,5 @@ def _save_outputs(path: Path, rows: list[dict[str, Any]], outputs: list[str], op
         {"instruction": row["instruction"], "output": text, "generator": name}
         for row, text in zip(rows, outputs, strict=True)
     ]
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -64,16 +64,22 @@ class Reply:
     Attributes:
         text: the reply; None where there is none, and then ``problem`` tells why.
         choices: the first token's most likely alternatives with their log-probabilities, where asked for and given.
-        prompt_tokens: as counted by the endpoint; 0 where it does not count.
+        prompt_tokens: as counted by the endpoint; None where it does not count.
         completion_tokens: the same.
         problem: why there is no reply.
+        model: what the endpoint says replied, which may be another model than was asked for, or a dated version of it.
     """
 
     text: str | None
     choices: tuple[tuple[str, float], ...] = ()
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
     problem: str | None = None
+    model: str | None = None
+
+
+class NoReply(EndpointError):
+    """One request failed through all its retries; another may still be answered."""
 
 
 class Endpoint:
@@ -121,8 +127,8 @@ class Endpoint:
         with a ``problem``: others may still succeed.
 
         Raises:
-            EndpointError: nothing can be expected from this endpoint: it is out of reach, busy or failing through all
-                retries, or it refuses the key or the model.
+            NoReply: the endpoint was out of reach, busy or failing through all retries.
+            EndpointError: nothing can be expected from this endpoint: it refuses the key or the model.
         """
         openai = self._openai
         try:
@@ -134,10 +140,11 @@ class Endpoint:
                 error.status_code, f"service, after {1 + self.judge.retries} attempts,"
             )
             message = f"{self.address} refuses {what} for judge '{self.judge.model}': status {error.status_code}: "
-            raise EndpointError(self._line(message + error.message)) from error
+            kind = NoReply if error.status_code in (408, 429) or error.status_code >= 500 else EndpointError
+            raise kind(self._line(message + error.message)) from error
         except openai.APIConnectionError as error:
             message = f"{self.address} gives no reply in {1 + self.judge.retries} attempts: "
-            raise EndpointError(self._line(message + str(error.__cause__ or error))) from error
+            raise NoReply(self._line(message + str(error.__cause__ or error))) from error
         except (openai.APIError, ValueError) as error:
             return Reply(None, problem=self._line(f"no chat completion came back: {error}"))
         return self._checked(found, bool(parameters.get("logprobs")))
@@ -164,10 +171,9 @@ class Endpoint:
         if not isinstance(text, str):
             reason = getattr(message, "refusal", None) or getattr(choices[0], "finish_reason", None)
             return Reply(None, problem=self._line(f"the reply has no text: {reason}"))
-        usage = getattr(found, "usage", None)
-        tokens = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-        prompt, completion = (count if isinstance(count, int) and count >= 0 else 0 for count in tokens)
-        return Reply(self._hide(text), _alternatives(choices[0]) if with_choices else (), prompt, completion)
+        alternatives, model = _alternatives(choices[0]) if with_choices else (), getattr(found, "model", None)
+        model = self._line(model) if isinstance(model, str) else None
+        return Reply(self._hide(text), alternatives, *_tokens(found), model=model)
 
     def _hide(self, text: str) -> str:
         """Return a text without the key: a server may echo it."""
@@ -185,6 +191,16 @@ _THIS_REQUEST = (400, 409, 413, 422)
 
 class _Stopped(BaseException):
     """No more requests are wanted; not an `Exception`, because the client repeats requests after those."""
+
+
+def _tokens(found: Any) -> tuple[int | None, int | None]:
+    """Return the prompt's and the reply's numbers of tokens; None where the endpoint gives none, or something else."""
+    usage = getattr(found, "usage", None)
+    prompt, completion = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+    return (
+        prompt if isinstance(prompt, int) and prompt >= 0 else None,
+        completion if isinstance(completion, int) and completion >= 0 else None,
+    )
 
 
 def _alternatives(choice: Any) -> tuple[tuple[str, float], ...]:

@@ -14,7 +14,8 @@ from ..errors import LoraInitError
 
 def fingerprint(*parts: Any) -> str:
     """Return the SHA-256 of what decides a line, so that a changed question is not given an old answer."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
 class Records:
@@ -45,7 +46,8 @@ class Records:
 
     def append(self, *lines: dict[str, Any]) -> None:
         """Add lines, all of them or, if the process dies now, possibly the first few."""
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        # ASCII, because a reply may hold half a surrogate pair, which UTF-8 cannot
+        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab", buffering=0) as stream:

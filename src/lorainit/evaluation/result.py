@@ -53,7 +53,9 @@ def finish(
         ),
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    # half a surrogate pair, which a reply may hold, becomes its JSON escape
+    (output / "result.json").write_text(text, encoding="utf-8", errors="backslashreplace")
     return result
 
 
@@ -79,5 +81,9 @@ def describe(result: dict[str, Any]) -> str:
         lines += [f"  {count} × {reason}" for reason, count in common]
     if usage is not None:
         cost = "" if usage["cost"] is None else f", cost {usage['cost']:.2f}"
+        if usage["uncounted"]:
+            cost += f", and {usage['uncounted']} replies whose tokens the endpoint did not count: cost unknown"
         lines.append(f"judge: {usage['prompt_tokens']} tokens in, {usage['completion_tokens']} out{cost}")
+        if usage["models"]:
+            lines.append(f"replies came from: {', '.join(usage['models'])}")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from ..errors import LoraInitError
-from .place import Place, read_result
+from .place import Place, has_diverged, read_result
 from .table import Run, Table
 
 Scores = dict[int, float]
@@ -46,14 +46,14 @@ class Measured:
         return [run for run in self.table.runs() if run.seed in searching or run.rate in best[run.row, run.column]]
 
     def scores(self, row: str, column: str, rate: float | None) -> Scores:
-        """Return {seed: score} of a cell at a rate.
+        """Return {seed: score} of a cell at a rate; runs that diverged have none.
 
         Raises:
             LoraInitError: the runs have no such metric.
         """
         found = {}
         for run, result in self.results.items():
-            if (run.row, run.column, run.rate) == (row, column, rate):
+            if (run.row, run.column, run.rate) == (row, column, rate) and not has_diverged(result):
                 if self.table.score not in result["metrics"]:
                     raise LoraInitError(
                         f"table '{self.table.name}' shows '{self.table.score}', but row '{row}' has only "
@@ -62,14 +62,25 @@ class Measured:
                 found[run.seed] = self.table.times * result["metrics"][self.table.score]
         return found
 
+    def diverged(self, row: str, column: str, rate: float | None) -> set[int]:
+        """Return the seeds whose runs of a cell diverged at a rate."""
+        cell = (row, column, rate)
+        return {
+            r.seed for r, found in self.results.items() if (r.row, r.column, r.rate) == cell and has_diverged(found)
+        }
+
     def best(self, row: str, column: str) -> float | None:
-        """Return the rate of a cell's best mean score over the seeds that search, None where the row's own is all."""
+        """Return the rate of a cell's best mean score over the seeds that search.
+
+        A rate at which one of them diverged is none to choose: the mean of the others would flatter it. None where no
+        rate is left, or where the row's own is all.
+        """
         sign = -1 if self.table.score == "loss" else 1
         means = {}
         for rate in self.table.rates:
             searching = self.table.searching_seeds()
             found = [score for seed, score in self.scores(row, column, rate).items() if seed in searching]
-            if found:
+            if found and not self.diverged(row, column, rate).intersection(searching):
                 means[rate] = sign * statistics.mean(found)
         return max(means, key=means.__getitem__, default=None)
 
@@ -78,7 +89,7 @@ class Measured:
 
         A cell whose search is unfinished counts as if its other seeds were to run at two rates.
         """
-        costs = [result["cost"] for result in self.results.values()]
+        costs = [result["cost"] for result in self.results.values() if not has_diverged(result)]
         if not costs:
             return None
         mean = statistics.mean(cost["start"]["seconds"] + cost["training"]["seconds"] for cost in costs)

@@ -52,9 +52,11 @@ def _grid(
         for column in tasks:
             rate = rate_of(row, column)
             values = list(measured.scores(row, column, rate).values())
-            if values:
+            lost = _lost(table, measured, row, column, rate)
+            if values or lost:
+                cells[column].append(_shown(values, lost, rate))
+            if values and not lost:  # a mean of those that are left would flatter the group's
                 ours[column] = statistics.mean(values)
-                cells[column].append(_spread(values) + (f" [{rate:g}]" if rate is not None else ""))
         printed = table.published.get(row, {}) if published else {}
         for column, value in printed.items():
             if column in cells:
@@ -66,6 +68,20 @@ def _grid(
             cells[name].append(f"*{mean:.2f}*")
         lines.append(f"| {row} | " + " | ".join("<br>".join(texts) for texts in cells.values()) + " |")
     return [*lines, ""]
+
+
+def _lost(table: Table, measured: Measured, row: str, column: str, rate: float | None) -> int:
+    """Return how many runs of a cell diverged at a rate; where none could be chosen, at the rate where fewest did."""
+    rates = (table.rates or (None,)) if rate is None else (rate,)
+    return min(len(measured.diverged(row, column, each)) for each in rates)
+
+
+def _shown(values: list[float], lost: int, rate: float | None) -> str:
+    """Return what a cell shows: the scores' spread, and how many runs beside them diverged."""
+    texts = [_spread(values)] if values else []
+    if lost:
+        texts.append(f"{lost} diverged" if values else "diverged")
+    return ", ".join(texts) + (f" [{rate:g}]" if rate is not None else "")
 
 
 def _spread(values: list[float]) -> str:

@@ -29,7 +29,7 @@ class Place:
         return self.results / table.name / f"{run.name}.json"
 
     def lock(self, table: Table, run: Run) -> Path:
-        """Return the file whose presence says that a worker is at a run."""
+        """Return the file that a worker holds locked while it is at a run."""
         return self.scratch / table.name / f"{run.name}.lock"
 
     def folder(self, table: Table, run: Run) -> Path:
@@ -40,3 +40,8 @@ class Place:
 def read_result(file: Path) -> dict[str, Any] | None:
     """Return a stored result, or None where the run is not done."""
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def has_diverged(result: dict[str, Any]) -> bool:
+    """Tell whether a stored result is that of a run that diverged: it has no scores and no cost."""
+    return result.get("status") == "diverged"

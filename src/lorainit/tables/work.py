@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from ..errors import LoraInitError
+from ..errors import LoraInitError, NonFiniteError
 from ..training import train
 from .measured import Measured
-from .place import Place, read_result
+from .place import Place, has_diverged, read_result
 from .table import DRIFT, TEACHER, Run, Table, build
 
 
@@ -31,9 +33,14 @@ def work(table: Table, place: Place) -> None:
 
 
 def _done(table: Table, run: Run, place: Place, text: str = "") -> bool:
-    """Tell whether a run has left what a reference to it means: its adapter, or only its result."""
-    there = place.result(table, run).exists()
-    return there and (not text.startswith(TEACHER) or (place.folder(table, run) / "adapter").is_dir())
+    """Tell whether a run has left what a reference to it means: its adapter, or only its result.
+
+    One that diverged never leaves more than its result, and doing it again would end alike.
+    """
+    result = read_result(place.result(table, run))
+    if result is None:
+        return False
+    return not text.startswith(TEACHER) or has_diverged(result) or (place.folder(table, run) / "adapter").is_dir()
 
 
 def _first(table: Table, run: Run, place: Place, text: str = "") -> tuple[Run, str]:
@@ -60,62 +67,94 @@ def _attempt(table: Table, run: Run, place: Place, text: str) -> bool:
 def carry_out(table: Table, run: Run, place: Place) -> None:
     """Do a run whose needs are there; its result appears only when it is done.
 
+    A run that diverges, or needs one that did, is done too: its result says so, and the table goes on.
+
     Raises:
         LoraInitError: anything wrong in its recipe; the message says in which row and column.
     """
-    found = {}
-    for text, need in table.needs(run).items():
-        if text.startswith(DRIFT):
-            stored = read_result(place.result(table, need)) or {}
-            drift = stored.get("init", {}).get("details", {}).get("drift")
-            if drift is None:
-                raise LoraInitError(f"table '{table.name}': row '{need.row}' tells no drift, which '{run.row}' takes")
-            found[text] = drift
-        else:
-            found[text] = str(place.folder(table, need) / "adapter")
     folder = place.folder(table, run)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        result = train(build(table, run, found, place.data, str(folder)))
+        result = train(build(table, run, _found(table, run, place), place.data, str(folder)))
+    except NonFiniteError as error:
+        result = {"status": "diverged", "message": str(error)}
     except LoraInitError as error:
         raise LoraInitError(f"table '{table.name}', row '{run.row}', column '{run.column}': {error}") from error
+    _store(table, run, place, result)
+    if has_diverged(result) or (not table.keep_adapters and run not in table.teachers()):
+        shutil.rmtree(folder)
+
+
+def _found(table: Table, run: Run, place: Place) -> dict[str, Any]:
+    """Return {reference: what it stands for} from the runs that a run needs.
+
+    Raises:
+        NonFiniteError: one of them diverged.
+        LoraInitError: one of them tells no drift.
+    """
+    found = {}
+    for text, need in table.needs(run).items():
+        stored = read_result(place.result(table, need)) or {}
+        if has_diverged(stored):
+            raise NonFiniteError(f"'{text}' diverged: {stored['message']}")
+        if not text.startswith(DRIFT):
+            found[text] = str(place.folder(table, need) / "adapter")
+            continue
+        found[text] = stored.get("init", {}).get("details", {}).get("drift")
+        if found[text] is None:
+            raise LoraInitError(f"row '{need.row}' tells no drift, which '{run.row}' takes")
+    return found
+
+
+def _store(table: Table, run: Run, place: Place, result: dict[str, Any]) -> None:
+    """Write a result at once: a reader sees the whole of it or nothing."""
     names = {"table": table.name, "row": run.row, "column": run.column}
-    text = json.dumps(names | result).replace(str(place.scratch), "SCRATCH").replace(place.data, "{data}")
+    folders = {str(place.scratch): "SCRATCH", place.data: "{data}"}
     target = place.result(table, run)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(text + "\n")
+    partial.write_text(json.dumps(names | _portable(result, folders)) + "\n")
     partial.replace(target)
-    if not table.keep_adapters and run not in table.teachers():
-        shutil.rmtree(folder)
+
+
+def _portable(value: Any, folders: dict[str, str]) -> Any:
+    """Return a result with names instead of folders of this machine, in the texts that are paths into them."""
+    if isinstance(value, dict):
+        return {key: _portable(inner, folders) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(inner, folders) for inner in value]
+    if isinstance(value, str) and value:
+        for folder, name in folders.items():
+            stem = folder.rstrip("/")
+            if folder and (value == stem or value.startswith(f"{stem}/")):
+                return name + value[len(stem) :]
+    return value
 
 
 @contextlib.contextmanager
 def taken(lock: Path) -> Iterator[bool]:
-    """Take a piece of work for this process by a lock file; yields False where another living process has it."""
+    """Take a piece of work for this process by a lock file; yields False where another one has it.
+
+    The kernel keeps the lock, not the file's presence: it falls with the process, however that ends.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        if not _alive(int(lock.read_text())):
-            lock.unlink()
+    handle = os.open(lock, os.O_CREAT | os.O_RDWR)
     try:
-        handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        yield False
-        return
-    os.write(handle, str(os.getpid()).encode())
-    os.close(handle)
-    try:
-        yield True
+        mine = _locked(handle, lock)
+        try:
+            yield mine
+        finally:
+            if mine:
+                lock.unlink(missing_ok=True)  # before the lock falls, so that nobody's file but ours goes
     finally:
-        lock.unlink(missing_ok=True)
+        os.close(handle)
 
 
-def _alive(pid: int) -> bool:
+def _locked(handle: int, lock: Path) -> bool:
+    """Lock an open file; False where another has it, or has removed the file since it was opened."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(handle), lock.stat())
+    except (BlockingIOError, FileNotFoundError):
         return False
-    except PermissionError:
-        return True
-    return True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from .task import Task
+from .task import LabelKind, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,6 +27,11 @@ class GlueTask(Task):
     score: str | None = None
 
     task_type: ClassVar[str] = "SEQ_CLS"
+
+    @property
+    def label_kind(self) -> LabelKind:
+        """What the label column holds: a class, or a score."""
+        return "integer" if self.num_labels > 1 else "number"
 
     def load_model(self, name_or_path: str, **options: Any) -> Any:
         """Load the encoder with a fresh classification head."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import numpy as np
 
 from ..errors import LoraInitError
-from .task import Task
+from .task import LabelKind, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,6 +50,11 @@ class PromptedTask(Task):
     def prompt(self) -> str:
         """The prompt, with the columns' names in braces."""
         return f"{self.instruction}: " + "\n".join(f"{{{text}}}" for text in self.columns[:-1]) + "\nresult: "
+
+    @property
+    def label_kind(self) -> LabelKind:
+        """What the label column holds: the index of a word."""
+        return "integer"
 
     def load_model(self, name_or_path: str, **options: Any) -> Any:
         """Load the encoder-decoder; no head is added."""

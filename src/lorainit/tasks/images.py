@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import numpy as np
 
 from ..errors import LoraInitError
-from .task import DataOptions, Task
+from .task import DataOptions, LabelKind, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -47,6 +47,11 @@ class ImageTask(Task):
         """Check the options."""
         if self.protocol not in get_args(Protocol):
             raise ValueError(f"protocol={self.protocol!r} is not one of {list(get_args(Protocol))}")
+
+    @property
+    def label_kind(self) -> LabelKind:
+        """What the label column holds: a class."""
+        return "integer"
 
     def load_model(self, name_or_path: str, **options: Any) -> Any:
         """Load the model with a fresh head, in place of a head for other classes if it has one."""

@@ -41,6 +41,7 @@ class InstructionTask(Task):
     unwanted: tuple[str, ...] = ()
 
     task_type: ClassVar[str] = "CAUSAL_LM"
+    nullable: ClassVar[tuple[str, ...]] = ("input",)  # as good as an empty one
 
     def load_model(self, name_or_path: str, **options: Any) -> Any:
         """Load the causal language model."""

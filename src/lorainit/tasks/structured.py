@@ -6,8 +6,9 @@ after CLEVR). They are *not* those data sets: scores are comparable between runs
 
 Images are grey, 32×32, drawn at four times that size. One bright shape (square, ellipse, triangle) of random size,
 brightness, position and angle lies on a noisy background; counting draws one to eight discs and squares that do not
-overlap. Location has 16 classes of equal width along x, orientation 16 of equal width over a half turn for a shape
-without symmetry below that (an ellipse or a bar); count has 8.
+overlap. Location has 16 classes of equal width along x, from 7 to 25 whatever the shape's size, so that the label is a
+function of the place alone; orientation 16 of equal width over a half turn for a shape without symmetry below that (an
+ellipse or a bar); count has 8.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Question = Literal["location", "orientation", "count"]
 SIZE, SCALE = 32, 4
+SMALLEST, LARGEST = 4, 7  # radius of the one shape
 TEST = 2000
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 CLASSES: dict[Question, int] = {"location": 16, "orientation": 16, "count": 8}
@@ -81,12 +83,13 @@ def draw(question: Question, label: int, generator: np.random.Generator) -> byte
 
 def _shape(brush: ImageDraw, question: Question, label: int, generator: np.random.Generator) -> None:
     """Draw one shape whose place or angle has the label."""
-    radius = generator.uniform(4, 7)
+    radius = generator.uniform(SMALLEST, LARGEST)
     x, y = generator.uniform(radius, SIZE - radius, 2)
     angle = generator.uniform(0, np.pi)
     inside = (label + generator.uniform(0.05, 0.95)) / CLASSES[question]
     if question == "location":
-        x = radius + inside * (SIZE - 2 * radius)
+        # the same room for shapes of every size: the label is a function of the place alone
+        x = LARGEST + inside * (SIZE - 2 * LARGEST)
         corners = generator.choice([3, 4, 32])
     else:
         angle, corners = np.pi * inside, generator.choice([4, 32])

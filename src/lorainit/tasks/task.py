@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import LoraInitError
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from datasets import Dataset, DatasetDict
     from torch import Tensor
+
+LabelKind = Literal["text", "integer", "number"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,12 @@ class Task(abc.ABC):
     eval_split: str = "validation"
 
     task_type: ClassVar[str | None]
+    nullable: ClassVar[tuple[str, ...]] = ()  # columns that may hold nothing
+
+    @property
+    def label_kind(self) -> LabelKind:
+        """What the column with the label (or the reply) holds."""
+        return "text"
 
     @abc.abstractmethod
     def load_model(self, name_or_path: str, **options: Any) -> Any:
@@ -95,7 +103,7 @@ class Task(abc.ABC):
         """Return the raw training and evaluation rows, from the hub or from local parquet by the same code.
 
         Raises:
-            LoraInitError: missing files, splits or columns, or an empty split.
+            LoraInitError: missing files, splits, columns or values, a label of the wrong type, or an empty split.
         """
         splits = self._read(options.path, (self.train_split, self.eval_split))
         for split in (self.train_split, self.eval_split):
@@ -113,7 +121,7 @@ class Task(abc.ABC):
         """Return the raw rows of a split by name, or of a parquet file; they may lack the label column.
 
         Raises:
-            LoraInitError: no such split or file, missing columns, or no rows.
+            LoraInitError: no such split or file, missing columns or values, a label of the wrong type, or no rows.
         """
         where = f"file {file}" if file is not None else f"split '{split}'"
         if file is not None:
@@ -132,6 +140,38 @@ class Task(abc.ABC):
             raise LoraInitError(f"task '{self.name}': {where} lacks the columns {missing}; it has {rows.column_names}")
         if len(rows) == 0:
             raise LoraInitError(f"task '{self.name}': {where} is empty")
+        for column in self.columns:
+            if column in rows.column_names and column not in self.nullable:
+                self._check_no_nulls(rows, where, column)
+        if self.columns[-1] in rows.column_names:
+            self._check_label_type(rows, where)
+
+    def _check_no_nulls(self, rows: Dataset, where: str, column: str) -> None:
+        """Raise at the first row that holds nothing in a column: in a prompt it would silently become ``None``."""
+        import pyarrow.compute as pc
+
+        if rows.data.column(column).null_count == 0:  # of all that the rows are chosen from: known without a copy
+            return
+        table: Any = rows.with_format("arrow").select_columns([column])[:]
+        row = pc.index(table[column].is_null(), True).as_py()
+        if row >= 0:
+            raise LoraInitError(f"task '{self.name}': {where}: row {row} holds nothing (null) in column '{column}'")
+
+    def _check_label_type(self, rows: Dataset, where: str) -> None:
+        """Raise where the column with the label (or the reply) is of another type than the task's."""
+        from pyarrow import types
+
+        column, kind = self.columns[-1], rows.data.column(self.columns[-1]).type
+        wanted = {
+            "text": types.is_string(kind) or types.is_large_string(kind),
+            "integer": types.is_integer(kind),
+            "number": types.is_integer(kind) or types.is_floating(kind),
+        }
+        if not wanted[self.label_kind]:
+            raise LoraInitError(
+                f"task '{self.name}': {where}: row 0 holds {rows[0][column]!r} ({kind}) in column '{column}', which is "
+                f"no {self.label_kind}"
+            )
 
     def _check_labels(self, rows: Dataset, names: Sequence[str] | int) -> None:
         """Raise at the first label that is no index into some names, or below a number of classes."""
