@@ -64,7 +64,7 @@ def pairs(data: Path) -> Dataset:
     return concatenate_datasets([part.select_columns(["source", "target"]) for part in (alike, follows, *glue)])
 
 
-def glue(data: Path) -> Dataset:
+def in_other_words(data: Path) -> Dataset:
     """Return the training rows of the four tasks in T5's own wording and words."""
     pair = "{name} sentence1: {{sentence1}} sentence2: {{sentence2}}"
     tasks = {
@@ -116,7 +116,7 @@ def main(shared: Path, steps: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(OUTPUT)
     model = T5ForConditionalGeneration.from_pretrained(OUTPUT, dtype=torch.float32)
     data = shared / "data"
-    rows = encode(concatenate_datasets([intents(data), pairs(data), glue(data)]).shuffle(seed=0), tokenizer)
+    rows = encode(concatenate_datasets([intents(data), pairs(data), in_other_words(data)]).shuffle(seed=0), tokenizer)
     held_out, train = rows.select(range(HELD_OUT)), rows.select(range(HELD_OUT, len(rows)))
     arguments = TrainingArguments(
         output_dir="runs/prompt_t5",

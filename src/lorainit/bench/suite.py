@@ -295,12 +295,10 @@ def _check_lists(suite: Suite) -> None:
         if not values:
             raise LoraInitError(f"{where} is empty: there is nothing to run")
     lists["methods"] = [entry if isinstance(entry, str) else entry.label for entry in suite.methods]
-    named = {where: [str(value) for value in values] for where, values in lists.items() if "exponents" not in where}
-    for where, names in named.items():
-        wrong = [name for name in names if not re.fullmatch(_LABEL, name)]
+    for where, values in lists.items():
+        wrong = [value for value in values if isinstance(value, str) and not re.fullmatch(_LABEL, value)]
         if wrong:
             raise LoraInitError(f"{where}: label '{wrong[0]}' cannot be a folder's name; give it one without / and \\")
-    for where, values in lists.items():
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
             raise LoraInitError(f"{where}: {', '.join(twice)} stands there twice; give entries a label of their own")
