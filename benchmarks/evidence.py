@@ -1,14 +1,15 @@
 """The table that ``lorainit.initialize(model, "auto")`` reads, from results of benchmarks.
 
-    pip install statsmodels
     python benchmarks/evidence.py benchmarks/results/reference ...     # folders of `lorainit bench`
+    python benchmarks/evidence.py FOLDER --suite recipes/bench/reference.yaml
 
 The gain of a method on a task is the relative reduction of its evaluation loss beside vanilla's, each at its best rate,
-paired by seed; its variance is that of one seed's difference, pooled over the methods of the task, by the number of
-seeds. Over tasks: a random-effects mean (Paule and Mandel's variance between tasks), with Hartung and Knapp's interval,
-never narrower than without their correction. Each method also gets an entry for vanilla's rate with match_lr, and, by
-diagnostic of vanilla's start, one for the lower and the upper half of the tasks. p-values are Holm-adjusted over the
-entries about the same tasks.
+paired by seed; ranks of a task are averaged. Tasks count alike: an entry is the mean of their gains with Student's
+interval over tasks. (Weights by the noise of the seeds would be mostly those of the task whose seeds agree best.) Each
+method also gets an entry for vanilla's rate with match_lr, and, by diagnostic of vanilla's start, one for the lower and
+the upper half of the tasks. `auto` chooses among all entries, so the p-values are Holm-adjusted over all of them. A
+method that failed or diverged at its rate on a task gets no entry with that task: the mean of the others would flatter
+it.
 
 The table is evidence for the tasks that it names; `auto` has to be judged on others. So for each task the table also
 tells what a table made from all the others would have chosen there, and what that start gained (``left_out``).
@@ -24,14 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import t
-from statsmodels.stats.meta_analysis import combine_effects
 
 from lorainit.bench import statistics
 from lorainit.bench.results import Results
-from lorainit.bench.statistics import Estimate
-from lorainit.bench.suite import VANILLA, read
-from lorainit.bench.table import Row, tables
+from lorainit.bench.suite import VANILLA, Suite, read
+from lorainit.bench.table import Table, tables
 from lorainit.methods.auto import Auto
 
 TABLE = Path("src/lorainit/methods/evidence.json")
@@ -39,61 +37,54 @@ FEATURES = ("information_loss", "best_loss", "isotropic_loss")
 FEWEST = 3  # tasks that an entry needs
 
 
-class Gain(NamedTuple):
-    """A relative reduction of vanilla's loss, and the variance of that number."""
-
-    mean: float
-    variance: float
-
-
 class Task(NamedTuple):
-    """What one task says: gains by (method, match_lr), and vanilla's diagnostics."""
+    """What one task says.
+
+    Attributes:
+        name: of model and task.
+        gains: relative reduction of vanilla's loss by (method, match_lr); NaN where a run failed or diverged.
+        features: vanilla's diagnostics.
+    """
 
     name: str
-    gains: dict[tuple[str, bool], Gain]
+    gains: dict[tuple[str, bool], float]
     features: dict[str, float]
 
 
-def from_bench(folder: Path) -> list[Task]:
+def from_bench(folder: Path, suite_file: Path | None = None) -> list[Task]:
     """Return the tasks of a folder of `lorainit bench`; only rows that are methods without options."""
-    suite = read(folder / "suite.json")
-    plain = {entry.label: entry.name for entry in suite.entries() if not (entry.lora or entry.options)}
-    found = []
+    suite = read(suite_file or folder / "suite.json")
+    by_task: dict[str, list[Task]] = {}
     for table in tables(suite, Results(folder)):
-        rows = {row.label: row for row in table.rows}
-        vanilla, noise = rows[VANILLA], seed_variance(table.rows)
-        gains = {}
-        for label, method in plain.items():
-            kinds = {False: rows[label].difference, True: rows[label].compared.get("matched")}
-            for match_lr, change in kinds.items():
-                if label != VANILLA and change is not None and change.count:
-                    gains[method, match_lr] = gain(change, vanilla.loss.mean, noise)
-        diagnosis: dict[str, Any] = vanilla.diagnosis or {}
-        found.append(Task(table.title, gains, {name: diagnosis[name] for name in FEATURES if name in diagnosis}))
-    return found
+        found = _task(suite, table)
+        by_task.setdefault(found.name, []).append(found)
+    return [_averaged(ranks) for ranks in by_task.values()]
 
 
-def seed_variance(rows: list[Row]) -> float:
-    """Return the variance of one seed's difference to vanilla, pooled over the methods; their intervals tell it."""
-    known = [row.difference for row in rows if row.difference.count > 1]
-    halves = [(each.high - each.low) / 2 / t.ppf(0.975, each.count - 1) for each in known]
-    sums = [half**2 * each.count * (each.count - 1) for half, each in zip(halves, known, strict=True)]
-    return sum(sums) / sum(each.count - 1 for each in known)
+def _task(suite: Suite, table: Table) -> Task:
+    plain = {entry.label: entry.name for entry in suite.entries() if not (entry.lora or entry.options)}
+    rows = {row.label: row for row in table.rows}
+    vanilla, gains = rows[VANILLA], {}
+    for label, method in plain.items():
+        row = rows[label]
+        kinds = {False: (row.difference, row.broken), True: (row.compared.get("matched"), 0)}
+        for match_lr, (change, broken) in kinds.items():
+            if label != VANILLA and change is not None and change.count:
+                sound = not broken and math.isfinite(change.mean)
+                gains[method, match_lr] = -change.mean / vanilla.loss.mean if sound else math.nan
+    diagnosis: dict[str, Any] = vanilla.diagnosis or {}
+    features = {name: diagnosis[name] for name in FEATURES if name in diagnosis}
+    return Task(f"{table.cell.model.label}, {table.cell.task.name}", gains, features)
 
 
-def gain(difference: Estimate, loss: float, noise: float) -> Gain:
-    """Return a difference of losses as a gain."""
-    return Gain(-difference.mean / loss, noise / difference.count / loss**2)
+def _averaged(ranks: list[Task]) -> Task:
+    """Return the mean over the ranks of a task, of what all of them know."""
 
+    def mean(found: list[dict[Any, float]]) -> dict[Any, float]:
+        common = set.intersection(*(set(each) for each in found))
+        return {key: float(np.mean([each[key] for each in found])) for key in found[0] if key in common}
 
-def together(gains: list[Gain]) -> tuple[Estimate, float]:
-    """Return the random-effects mean over tasks with its interval, and the p that it is zero."""
-    means, variances = (np.array(each) for each in zip(*gains, strict=True))
-    combined: Any = combine_effects(means, variances, method_re="iterated")
-    error = combined.sd_eff_w_re * max(1.0, math.sqrt(combined.scale_hksj_re))
-    freedom = len(gains) - 1
-    half, mean = t.ppf(0.975, freedom) * error, float(combined.mean_effect_re)
-    return Estimate(mean, mean - half, mean + half, len(gains)), float(2 * t.sf(abs(mean) / error, freedom))
+    return Task(ranks[0].name, mean([each.gains for each in ranks]), mean([each.features for each in ranks]))
 
 
 def entries(tasks: list[Task]) -> list[dict[str, Any]]:
@@ -104,26 +95,31 @@ def entries(tasks: list[Task]) -> list[dict[str, Any]]:
         for where, chosen in subsets(known):
             if len(chosen) < FEWEST:
                 continue
-            estimate, p = together([task.gains[method, match_lr] for task in chosen])
+            gains = [task.gains[method, match_lr] for task in chosen]
+            if any(math.isnan(gain) for gain in gains):
+                continue
+            estimate = statistics.estimate(gains)
             entry = {"method": method, "gain": estimate.mean, "low": estimate.low, "high": estimate.high}
-            found.append(entry | {"tasks": estimate.count, "p": p, "match_lr": match_lr, "where": where})
-    for group in {json.dumps(entry["where"]) for entry in found}:
-        alike = {str(place): entry for place, entry in enumerate(found) if json.dumps(entry["where"]) == group}
-        for place, p in statistics.holm({place: entry["p"] for place, entry in alike.items()}).items():
-            alike[place]["p"] = p
+            entry |= {"tasks": estimate.count, "p": statistics.p_value(gains), "match_lr": match_lr, "where": where}
+            found.append(entry)
+    adjusted = statistics.holm({str(place): entry["p"] for place, entry in enumerate(found)})
+    for place, entry in enumerate(found):
+        entry["p"] = adjusted[str(place)]
     for entry in found:
         entry |= {name: float(f"{entry[name]:.4g}") for name in ("gain", "low", "high", "p")}
     return sorted(found, key=lambda entry: -entry["gain"])
 
 
 def subsets(tasks: list[Task]) -> list[tuple[dict[str, list[float]], list[Task]]]:
-    """Return all tasks, and each half of them by each diagnostic that all have."""
+    """Return all tasks, and each half of them by each diagnostic that all have; the same tasks only once."""
     found: list[tuple[dict[str, list[float]], list[Task]]] = [({}, tasks)]
     for name in FEATURES:
         if all(name in task.features for task in tasks) and len(tasks) >= 2 * FEWEST:
             middle = float(np.median([task.features[name] for task in tasks]))
             for low, high in ((0.0, middle), (middle, 1.0)):
-                found.append(({name: [low, high]}, [t for t in tasks if low <= t.features[name] <= high]))
+                half = [task for task in tasks if low <= task.features[name] <= high]
+                if half not in [chosen for _, chosen in found]:
+                    found.append(({name: [low, high]}, half))
     return found
 
 
@@ -136,18 +132,21 @@ def left_out(tasks: list[Task]) -> list[dict[str, Any]]:
             file.flush()
             choice = Auto(evidence=file.name).choose(task.features, with_data=True)
         chosen = (choice.method.info.name, choice.match_lr)
-        gain = 0.0 if chosen == (VANILLA, False) else task.gains[chosen].mean
-        found.append({"task": task.name, "method": chosen[0], "match_lr": chosen[1], "gain": float(f"{gain:.4g}")})
+        gain = 0.0 if chosen == (VANILLA, False) else task.gains.get(chosen, math.nan)
+        told = None if math.isnan(gain) else float(f"{gain:.4g}")
+        found.append({"task": task.name, "method": chosen[0], "match_lr": chosen[1], "gain": told})
     return found
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of `lorainit bench`")
+    parser.add_argument("--suite", type=Path, help="the suite to take; default: the one that each folder ran last")
     options = parser.parse_args()
-    known = [task for folder in options.folders for task in from_bench(folder)]
+    known = [task for folder in options.folders for task in from_bench(folder, options.suite)]
+    suite = [] if options.suite is None else ["--suite", str(options.suite)]
     table = {
-        "made_by": " ".join(["python benchmarks/evidence.py", *map(str, options.folders)]),
+        "made_by": " ".join(["python benchmarks/evidence.py", *map(str, options.folders), *suite]),
         "tasks": [task.name for task in known],
         "left_out": left_out(known),
         "entries": entries(known),

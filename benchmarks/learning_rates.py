@@ -86,7 +86,8 @@ def known(
     tuned = vertex(group)
     if tuned is None:
         return None
-    points = {("tuned", point.seed): point for point in group.finals()} | group.comparisons(vanilla)
+    points = {("tuned", point.seed): point for point in group.finals()}
+    points |= group.comparisons(vanilla, group.cell.comparison_seeds)
     losses: dict[str, dict[int, float]] = {}
     for (kind, seed), point in points.items():
         if point in group.losses:

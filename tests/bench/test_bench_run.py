@@ -185,6 +185,65 @@ def test_the_report_says_what_the_results_say(finished, tmp_path) -> None:
     assert page.count("<svg") >= 4 + 2 + 1
 
 
+def altered(finished: Path, target: Path, label: str, seed: int, change) -> dict[str, dict[str, str]]:
+    """Return the report's rows after a change to every training run of a method with a seed."""
+    shutil.copytree(finished, target)
+    results = Results(target)
+    for record in list(results.records()):
+        tags = record["trial"]
+        if (tags["label"], tags["seed"], tags["diagnosis"]) == (label, seed, False):
+            change(record)
+            results.write(tags["key"], record)
+    _, _, table = write_report(target, target)
+    return {row["method"]: row for row in csv.DictReader(table.read_text().splitlines())}
+
+
+def test_a_run_that_diverged_at_the_tuned_rate_is_said_and_leaves_no_verdict(finished, tmp_path) -> None:
+    def diverge(record) -> None:
+        record |= {"status": "diverged", "error": "the loss is no number"}
+
+    rows = altered(finished, tmp_path / "one", "random", 1, diverge)
+    assert (rows["random"]["broken"], rows["random"]["loss_count"], rows["random"]["p"]) == ("1", "1", "")
+    assert rows["init-ab"]["p"] != ""
+    text = (tmp_path / "one" / "report.md").read_text()
+    assert "(1 of 2 failed)" in text
+    assert "| random | " in text
+    rows = altered(finished, tmp_path / "control", "kaiming", 1, diverge)
+    assert all(row["p"] == "" for row in rows.values())
+
+
+def test_no_time_is_told_where_the_machine_did_other_work(finished, tmp_path) -> None:
+    def slow_down(record) -> None:
+        record["cost"]["training"]["seconds"] *= 1000
+
+    rows = altered(finished, tmp_path / "slow", "random", 0, slow_down)
+    assert all(row["seconds_share"] == "" for row in rows.values())
+    assert float(rows["random"]["slowest"]) > 100
+    for name in ("report.md", "index.html"):
+        assert "No time to vanilla" in (tmp_path / "slow" / name).read_text()
+
+
+def test_every_commit_that_a_run_was_made_with_is_named(finished, tmp_path) -> None:
+    def other(record) -> None:
+        record["provenance"]["git"] = {"commit": "f" * 40, "dirty": True}
+
+    altered(finished, tmp_path / "mixed", "random", 0, other)
+    text = (tmp_path / "mixed" / "report.md").read_text()
+    assert "ffffffffffff (1)" in text
+    assert re.search(r"; \d+ of 8 with uncommitted changes", text)
+
+
+def test_a_comparison_takes_every_seed_that_there_is(finished, root, tmp_path) -> None:
+    shutil.copytree(finished, tmp_path / "more")
+    found = []
+    for suite in (SUITE, dataclasses.replace(SUITE, search=dataclasses.replace(SUITE.search, compare_seeds=[0, 1]))):
+        bench(suite, tmp_path / "more", root=root)
+        _, _, table = write_report(tmp_path / "more", tmp_path / "report", finished / "suite.json")
+        rows = {row["method"]: row for row in csv.DictReader(table.read_text().splitlines())}
+        found.append(rows["random"]["difference_suggested_count"])
+    assert found == ["1", "2"]
+
+
 def test_a_suite_that_shares_the_folder_is_reported_by_name(finished, tmp_path) -> None:
     text = json.dumps(json.loads((finished / "suite.json").read_text()) | {"name": "part", "methods": []})
     (tmp_path / "part.yaml").write_text(text)

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import importlib
 import json
-import types
-from pathlib import Path
 
 import peft
 import pytest
@@ -11,8 +8,7 @@ import torch
 
 import lorainit
 from lorainit import LoraInitError
-from lorainit.bench import statistics
-from lorainit.methods.auto import Auto, Evidence
+from lorainit.methods.auto import Auto
 
 HALF = {"information_loss": [0.5, 1]}
 
@@ -49,56 +45,6 @@ def test_the_committed_evidence_favours_nothing_yet_so_auto_is_vanilla_and_says_
     assert "chosen: kaiming" in str(report)
     assert not Auto().wants_data
     assert len(Auto().table()) >= 10
-
-
-@pytest.fixture
-def evidence(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    return importlib.import_module("evidence")
-
-
-@pytest.mark.slow  # reads the 2,000 trials of the reference suite
-def test_the_committed_evidence_is_what_the_script_makes_of_the_committed_results(evidence, monkeypatch) -> None:
-    root = Path(__file__).parents[2]
-    monkeypatch.chdir(root)
-    made = evidence.entries(evidence.from_bench(root / "benchmarks/results/reference"))
-    assert [Evidence(**e) for e in made] == Auto().table()
-
-
-def test_tasks_that_disagree_more_than_their_noise_count_alike_and_give_the_t_test(evidence) -> None:
-    gains = [0.01, 0.04, -0.02, 0.03]
-    mean, p = evidence.together([evidence.Gain(gain, 1e-9) for gain in gains])
-    plain = statistics.estimate(gains)
-    assert (mean.mean, mean.low, mean.high) == pytest.approx((plain.mean, plain.low, plain.high), rel=1e-3)
-    assert p == pytest.approx(statistics.p_value(gains), rel=1e-3)
-
-
-def test_tasks_that_agree_better_than_their_noise_are_no_surer_than_it_and_weigh_by_it(evidence) -> None:
-    mean, _ = evidence.together([evidence.Gain(0.02, 4e-4), evidence.Gain(0.02, 4e-4), evidence.Gain(0.02, 4e-4)])
-    assert mean.mean == pytest.approx(0.02)
-    student = 4.30265  # two degrees of freedom
-    assert (mean.high - mean.low) / 2 == pytest.approx(student * (4e-4 / 3) ** 0.5, rel=1e-4)
-    mean, _ = evidence.together([evidence.Gain(0.01, 1e-4), evidence.Gain(0.0, 1e-2), evidence.Gain(0.0, 1e-2)])
-    assert mean.mean == pytest.approx(0.01 * 1e4 / (1e4 + 100 + 100))
-
-
-def test_the_noise_of_a_seed_is_pooled_over_the_methods(evidence) -> None:
-    differences = [[0.1, 0.2, 0.3], [0.5, 0.5], [-0.1, 0.3]]
-    rows = [types.SimpleNamespace(difference=statistics.estimate(each)) for each in ([], [0.7], *differences)]
-    squares = [sum((v - sum(d) / len(d)) ** 2 for v in d) for d in differences]
-    assert evidence.seed_variance(rows) == pytest.approx(sum(squares) / (2 + 1 + 1))
-
-
-def test_each_task_is_judged_by_a_table_that_has_not_seen_it(evidence) -> None:
-    gains = [0.050, 0.051, 0.052, 0.053, -0.5]
-    tasks = [
-        evidence.Task(f"task {k}", {("loram", False): evidence.Gain(gain, 1e-6)}, {}) for k, gain in enumerate(gains)
-    ]
-    judged = evidence.left_out(tasks)
-    assert [row["task"] for row in judged] == [task.name for task in tasks]
-    # the last task undoes the evidence where it counts, and is the one that the evidence of the others is wrong about
-    assert [row["method"] for row in judged] == ["kaiming"] * 4 + ["loram"]
-    assert [row["gain"] for row in judged] == [0.0] * 4 + [-0.5]
 
 
 @pytest.mark.parametrize(

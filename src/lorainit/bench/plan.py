@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..match_lr import CHANCE
 from . import search
@@ -43,7 +43,14 @@ class Group:
 
     def best(self) -> int | None:
         """Return the exponent of the tuned rate, None while it is unknown."""
-        return search.tuned(self.cell.search, self.center, self.cell.suite.seeds, self.losses)
+        finals = {k: [self.losses.get(point) for point in points] for k, points in self.finalists().items()}
+        return search.tuned(finals)
+
+    def finalists(self) -> dict[int, list[Point]]:
+        """Return the runs that decide the tuned rate, by exponent; none while the search goes on."""
+        cell = self.cell
+        found = search.finalists(cell.search, self.center, cell.suite.seeds, self.losses)
+        return {k: [Point(search.rate(cell.search, k), seed) for seed in cell.final_seeds] for k in found}
 
     def over(self) -> bool:
         """Return whether the search for a rate has ended."""
@@ -61,24 +68,23 @@ class Group:
         if not self.over():
             yield from search.search_points(self.cell.search, self.center, suite.seeds, self.losses)
             return
-        wanted = dict.fromkeys([*self.finals(), *self.comparisons(vanilla).values()])
+        deciding = [point for points in self.finalists().values() for point in points]
+        wanted = dict.fromkeys([*deciding, *self.comparisons(vanilla, self.cell.comparison_seeds).values()])
         yield from (point for point in wanted if point not in self.losses)
 
     def finals(self) -> list[Point]:
         """Return the runs at the tuned rate; none while it is unknown."""
         best = self.best()
-        if best is None:
-            return []
-        return [Point(search.rate(self.cell.search, best), seed) for seed in self.cell.final_seeds]
+        return [] if best is None else self.finalists()[best]
 
-    def comparisons(self, vanilla: Group) -> dict[tuple[str, int], Point]:
+    def comparisons(self, vanilla: Group, seeds: Iterable[int]) -> dict[tuple[str, int], Point]:
         """Return the runs at vanilla's tuned rate and what follows from it, by kind and seed; none while unknown."""
         cell, best = self.cell, vanilla.best()
         if best is None or self is vanilla:
             return {}
         rate, found = search.rate(cell.search, best), {}
         for kind in cell.suite.compare:
-            for seed in cell.comparison_seeds:
+            for seed in seeds:
                 if kind == "vanilla":
                     found[kind, seed] = Point(rate, seed)
                 elif kind == "matched" and not self.entry.lora:  # LoRA's own options are what sets such a row apart

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +21,7 @@ from . import figures, statistics
 from .results import Results
 from .statistics import Estimate
 from .suite import VANILLA, Comparison, Suite, import_modules, read
-from .table import Row, Table, tables
+from .table import COMPARABLE, Row, Table, tables
 
 ALPHA = 0.05
 _KINDS: dict[Comparison, str] = {
@@ -92,10 +93,11 @@ def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
         titles=[table.title for table in known],
         papers=_papers(suite),
         layers=_layers,
-        provenance=next((table.provenance for table in known if table.provenance), {}),
+        provenance=provenance([each for table in known for each in table.provenance]),
         missing=sum(row.missing for table in known for row in table.rows),
         errors=[(key, error) for table in known for row in table.rows for key, error in row.errors.items()],
         number=number,
+        no_times=no_times,
         zip=zip,
     )
 
@@ -103,6 +105,7 @@ def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
 def overview(suite: Suite, known: list[Table]) -> list[dict[str, Any]]:
     """Return a line a method: the relative change of its loss over all cells, and the change in each."""
     lines, kinds = [], compared_kinds(suite, known)
+    places = [(table.cell.model.label, table.cell.task.task, table.cell.task.name) for table in known]
     for label in (entry.label for entry in suite.entries()):
         rows = [next(row for row in table.rows if row.label == label) for table in known]
         bases = [next(row for row in table.rows if row.label == VANILLA).loss.mean for table in known]
@@ -112,10 +115,10 @@ def overview(suite: Suite, known: list[Table]) -> list[dict[str, Any]]:
         lines.append(
             {
                 "label": label,
-                "all": [_relative(found, bases) for found in ([row.difference for row in rows], *compared)],
+                "all": [_relative(found, bases, places) for found in ([row.difference for row in rows], *compared)],
                 "cells": [_change(row) for row in rows],
                 "verdict": f"{verdicts.count('better')} / {verdicts.count('worse')}"
-                f" of {sum(row.difference.count > 1 for row in rows)}",
+                f" of {sum(not math.isnan(row.p_holm) for row in rows)}",
                 "start": _seconds(float(np.mean(starts))) if starts else "–",
             }
         )
@@ -127,10 +130,39 @@ def compared_kinds(suite: Suite, known: list[Table]) -> list[Comparison]:
     return [kind for kind in suite.compare if any(kind in row.compared for table in known for row in table.rows)]
 
 
-def _relative(found: Sequence[Estimate | None], bases: list[float]) -> str:
-    """Return the mean over cells of changes relative to vanilla's loss."""
-    shares = [each.mean / base for each, base in zip(found, bases, strict=True) if each and each.count and base]
-    return _percent(statistics.estimate(shares)) if shares else "–"
+def _relative(found: Sequence[Estimate | None], bases: list[float], places: list[Any]) -> str:
+    """Return the mean over models and tasks of changes relative to vanilla's loss; ranks are averaged first."""
+    shares: dict[Any, list[float]] = {place: [] for place in places}
+    for place, each, base in zip(places, found, bases, strict=True):
+        if each and each.count and base and math.isfinite(each.mean):
+            shares[place].append(each.mean / base)
+    known = [float(np.mean(values)) for values in shares.values() if values]
+    if not known:
+        return "–"
+    part = "" if len(known) == len(shares) else f" ({len(known)} of {len(shares)})"
+    return _percent(statistics.estimate(known)) + part
+
+
+def provenance(records: list[dict[str, Any]]) -> str:
+    """Return in one sentence what the runs were made with; every version, machine and commit that occurs."""
+    if not records:
+        return ""
+    parts = []
+    for package in ("torch", "peft", "transformers", "python"):
+        found = Counter(record.get("versions", {}).get(package, "unknown") for record in records)
+        parts.append(f"{package} {' or '.join(found)}")
+    devices = Counter(
+        f"{record['device'].get('name', 'unknown')}, {record['device'].get('threads', 'unknown')} threads a trial"
+        for record in records
+        if "device" in record
+    )
+    commits = Counter(record["git"]["commit"][:12] for record in records if "git" in record)
+    dirty = sum(bool(record["git"].get("dirty")) for record in records if "git" in record)
+    made = f"{', '.join(parts)}; {' or '.join(devices)}"
+    if not commits:
+        return f"{made}; no commit is known"
+    shares = ", ".join(f"{commit} ({count})" for commit, count in commits.most_common())
+    return f"{made}; runs by commit of lorainit: {shares}; {dirty} of {len(records)} with uncommitted changes"
 
 
 def markdown(suite: Suite, known: list[Table]) -> str:
@@ -145,6 +177,9 @@ def markdown(suite: Suite, known: list[Table]) -> str:
     for table in known:
         lines += ["", f"## {table.title}", "", *_pipes(_columns(table))]
         lines += [_pipe(cells) for cells in _cells(table)]
+        if no_times(table):
+            lines += ["", no_times(table)]
+    lines += ["", "## Made with", "", provenance([each for table in known for each in table.provenance])]
     errors = [(key, error) for table in known for row in table.rows for key, error in row.errors.items()]
     if errors:
         lines += ["", "## Failed or diverged", "", *(f"- `{key}`: {error}" for key, error in errors)]
@@ -166,6 +201,16 @@ def table_csv(known: list[Table]) -> str:
     return buffer.getvalue()
 
 
+def no_times(table: Table) -> str:
+    """Return why a table tells no time to vanilla, or nothing."""
+    if table.slowest <= COMPARABLE:
+        return ""
+    return (
+        f"No time to vanilla: for the same steps the slowest run took {table.slowest:.1f} times as long as the "
+        "fastest, which is the machine's doing."
+    )
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Return a number, or a dash for an unknown one."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
@@ -176,9 +221,10 @@ HOW_TO_READ = (
     "paired by seed; negative is better. Each method runs at its own tuned rate; * marks a best rate at the edge of "
     "those tried. p: paired t-test, Holm-adjusted over the methods of the table; better and worse: p < 0.05. Rows: Δ "
     "with the interval over test rows (bootstrap). At vanilla's rate, at the suggested one, with match_lr: Δ without a "
-    "search of the start's own; without an interval it is one seed. To vanilla: steps, and seconds with the start's "
-    "own, until the training loss is down at vanilla's final one, as a share of vanilla's training. Early: mean "
-    "training loss over the first quarter."
+    "search of the start's own, over the seeds that there are; without an interval it is one. Over all tasks: each "
+    "counts alike, with Student's interval over tasks; (n of N) where some have no result. To vanilla: steps, and "
+    "seconds with the start's own, until the training loss is down at vanilla's final one, as a share of vanilla's "
+    "training. Early: mean training loss over the first quarter."
 )
 
 
@@ -197,7 +243,8 @@ def _cells(table: Table) -> list[list[str]]:
 
 def _line(table: Table, row: Row) -> list[str]:
     rate = "–" if row.tuned is None else f"{row.tuned:.2g}" + "*" * row.edge
-    line = [row.label, rate, str(row.loss.count), _interval(row.loss)]
+    seeds = f"{row.loss.count} of {row.loss.count + row.broken}" if row.broken else str(row.loss.count)
+    line = [row.label, rate, seeds, _interval(row.loss)]
     if table.metric:
         line.append(_interval(_hundredfold(row.metric), digits=1))
     line += [_interval(row.difference, signed=True), number(row.p_holm, 2)]
@@ -205,9 +252,9 @@ def _line(table: Table, row: Row) -> list[str]:
         line.append(_interval(row.rows, signed=True) if row.rows else "–")
     kinds = compared_kinds(table.cell.suite, [table])
     line += [_interval(row.compared[kind], signed=True) if kind in row.compared else "–" for kind in kinds]
-    line += [
-        "never" if share is None and row.curve else _share(share) for share in (row.steps_share, row.seconds_share)
-    ]
+    level = next(each for each in table.rows if each.label == VANILLA).curve
+    never = row.steps_share is None and row.curve and level
+    line += ["never" if never else _share(share) for share in (row.steps_share, row.seconds_share)]
     line.append("–" if math.isnan(row.early) else f"{row.early:.3f}")
     if any(each.forgetting.count for each in table.rows):
         line.append(_interval(row.forgetting, signed=True))
@@ -228,12 +275,15 @@ def _change(row: Row) -> dict[str, str]:
     if not row.difference.count:
         return {"text": "failed" if row.errors else "–", "verdict": "unclear"}
     mark = {"better": " ▼", "worse": " ▲", "unclear": ""}[_verdict(row)]
-    return {"text": _interval(row.difference, signed=True) + mark, "verdict": _verdict(row)}
+    broken = f" ({row.broken} of {row.broken + row.loss.count} failed)" if row.broken else ""
+    return {"text": _interval(row.difference, signed=True) + mark + broken, "verdict": _verdict(row)}
 
 
 def _interval(found: Estimate, *, signed: bool = False, digits: int = 3) -> str:
     if math.isnan(found.mean):
         return "–"
+    if math.isinf(found.mean):
+        return "failed"
     sign = "+" if signed else ""
     half = "" if math.isnan(found.low) else f" ± {(found.high - found.low) / 2:.{digits}f}"
     return f"{found.mean:{sign}.{digits}f}{half}".replace("-", "−")
@@ -299,7 +349,8 @@ def _flat(table: Table, row: Row) -> dict[str, Any]:
         values = dataclasses.asdict(found) if found else dict.fromkeys(("mean", "low", "high", "count"))
         flat |= {f"{name}_{part}": value for part, value in values.items()}
     flat |= {"p": row.p, "p_holm": row.p_holm, "suggested_rate": row.suggested, "steps_share": row.steps_share}
-    flat |= {"seconds_share": row.seconds_share, "early": row.early, "start_seconds": row.start_seconds}
+    flat |= {"seconds_share": row.seconds_share, "slowest": table.slowest, "early": row.early}
+    flat |= {"start_seconds": row.start_seconds, "broken": row.broken}
     return flat | {"start_bytes": row.start_bytes, "missing": row.missing, "trials": " ".join(row.trials)}
 
 

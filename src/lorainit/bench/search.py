@@ -85,20 +85,39 @@ def mean_loss(search: Search, exponent: int, seeds: Iterable[int], losses: Losse
     return statistics.fmean(loss for loss in found if loss is not None)
 
 
-def tuned(search: Search, center: int, seeds: Sequence[int], losses: Losses) -> int | None:
-    """Return the exponent of the best rate by the search's own seeds; None before it is over or if nothing trains."""
+def finalists(search: Search, center: int, seeds: Sequence[int], losses: Losses) -> list[int]:
+    """Return the exponents whose rates run with every final seed, the best by the search's own seeds first.
+
+    There are none before the search is over, or if nothing trains.
+    """
     wanted, over = tried(search, center, seeds, losses)
     if not over:
-        return None
+        return []
     searching = seeds if search.schedule == "grid" else seeds[:1]
     values = {k: mean_loss(search, k, searching, losses) for k in wanted}
     finite = {k: value for k, value in values.items() if value is not None and math.isfinite(value)}
-    return min(finite, key=lambda k: finite[k]) if finite else None
+    return sorted(finite, key=lambda k: finite[k])[: search.finalists]
 
 
-def at_edge(search: Search, center: int, seeds: Sequence[int], losses: Losses) -> bool:
+def tuned(finals: Mapping[int, Sequence[float | None]]) -> int | None:
+    """Return the exponent of the best rate: the finalist of the lowest mean over the final seeds.
+
+    None before all of them have run. A rate at which a run failed wins only where one failed at each of them.
+
+    Args:
+        finals: losses over the final seeds by exponent, the best by the search's own seeds first; None where missing.
+    """
+    means = {}
+    for exponent, found in finals.items():
+        known = [loss for loss in found if loss is not None]
+        if len(known) < len(found):
+            return None
+        means[exponent] = statistics.fmean(known)
+    return min(means, key=lambda k: means[k], default=None)
+
+
+def at_edge(search: Search, center: int, seeds: Sequence[int], losses: Losses, best: int | None) -> bool:
     """Return whether the best rate is the lowest or the highest tried, so that the true best may lie beyond."""
-    best = tuned(search, center, seeds, losses)
     wanted, _ = tried(search, center, seeds, losses)
     return best is not None and best in (wanted[0], wanted[-1])
 

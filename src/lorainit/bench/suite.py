@@ -74,16 +74,16 @@ class Search:
 
     Attributes:
         schedule: ``bracket`` (three rates ``stride`` apart with the first seed, widened while the best is at an edge,
-            refined around it, then every seed at the best), ``grid`` (every exponent with every seed, widened likewise)
-            or ``asha`` (every exponent with the first seed, where Ray Tune's ASHA stops the worse ones early, then
-            every seed at the best).
+            refined around it), ``grid`` (every exponent with every seed, widened likewise) or ``asha`` (every exponent
+            with the first seed, where Ray Tune's ASHA stops the worse ones early).
         unit: the rate at exponent 0.
         exponents: of ``grid`` and ``asha``, relative to where the method's best is expected.
         stride: of ``bracket``: exponents between its first rates.
         widest: exponents away from where the best is expected, beyond which the search stops.
         grace: of ``asha``: evaluations before a trial may be stopped.
         reduction: of ``asha``: one in so many goes on.
-        final_seeds: seeds at the best rate; default: the suite's. Seeds that the search has not seen are unbiased.
+        finalists: so many rates, the best of the search, run with every final seed; the best mean is the tuned rate.
+        final_seeds: of the finalists; default: the suite's.
         compare_seeds: seeds of the runs that the suite's ``compare`` adds; default: the final seeds.
     """
 
@@ -94,6 +94,7 @@ class Search:
     widest: int = 8
     grace: int = 1
     reduction: float = 3.0
+    finalists: int = 2
     final_seeds: list[int] | None = None
     compare_seeds: list[int] | None = None
 

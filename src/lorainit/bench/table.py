@@ -16,6 +16,8 @@ from .statistics import Estimate
 from .suite import VANILLA, Suite
 from .trial import Cell, trial
 
+# the slowest run's time beside the fastest's, above which times of one table say nothing of its starts
+COMPARABLE = 1.5
 _TIMING = ("loss", "epoch", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -43,17 +45,20 @@ class Row:
         rates: the search, by rate.
         tuned: the best rate; None where nothing trains or the search is unfinished.
         edge: the best rate is the lowest or highest tried.
-        loss: at the tuned rate, over seeds.
+        broken: runs at the tuned rate that failed or diverged; with one there is no p, as the others would flatter it.
+        loss: at the tuned rate, over the seeds that ended well.
         metric: the task's metric likewise.
         difference: of the loss, paired over seeds.
         metric_difference: of the metric.
         p: of the difference.
         p_holm: the same, for all rows of the cell together.
         rows: the difference over test rows, bootstrapped; None where rows have no loss of their own.
-        compared: the difference, likewise, by the suite's kinds of comparison: at a rate that was not searched for.
+        compared: the difference, likewise, by the suite's kinds of comparison: at a rate that was not searched for;
+            infinite where a run failed or diverged.
         suggested: that rate; None without a diagnosis.
         steps_share: steps to vanilla's final training loss as a share of all; None if it is never reached.
-        seconds_share: the same in wall-clock time, the start's own included, as a share of vanilla's whole training.
+        seconds_share: the same in wall-clock time, the start's own included, as a share of vanilla's whole training;
+            None too where the table's runs did not have the machine to themselves.
         early: mean training loss over the first quarter.
         forgetting: loss on held-out text, after − before.
         start_seconds: what the start took.
@@ -72,6 +77,7 @@ class Row:
     rates: list[Rate]
     tuned: float | None
     edge: bool
+    broken: int
     loss: Estimate
     metric: Estimate
     difference: Estimate
@@ -105,13 +111,16 @@ class Table:
         cell: the cell.
         metric: name of the task's metric; None where the loss is the metric.
         rows: one a method, in the suite's order.
-        provenance: of one of its runs.
+        provenance: of its runs at the tuned rates.
+        slowest: seconds of training of the slowest of these runs, as a multiple of the fastest's. All take the same
+            steps, so more than a little means a machine that did other work, or several machines.
     """
 
     cell: Cell
     metric: str | None
     rows: list[Row]
-    provenance: dict[str, Any]
+    provenance: list[dict[str, Any]]
+    slowest: float
 
     @property
     def title(self) -> str:
@@ -150,13 +159,22 @@ def _table(pairs: list[tuple[Group, Group]], results: Results) -> Table:
     runs = {group.entry.label: _runs(group, vanilla, results) for group, vanilla in pairs}
     metric = cell.task.metric or _first_metric(runs)
     control = runs[VANILLA]
+    known = [record for each in runs.values() for record in each.records.values()]
+    slowest = _slowest(known)
     rows = [
         _row(each, control, metric, vanilla, results) for each, (_, vanilla) in zip(runs.values(), pairs, strict=True)
     ]
+    if slowest > COMPARABLE:
+        rows = [dataclasses.replace(row, seconds_share=None) for row in rows]
     adjusted = statistics.holm({row.label: row.p for row in rows})
     rows = [dataclasses.replace(row, p_holm=adjusted[row.label]) for row in rows]
-    known = [record for each in runs.values() for record in each.records.values()]
-    return Table(cell, metric, rows, next((r["provenance"] for r in known if "provenance" in r), {}))
+    return Table(cell, metric, rows, [r["provenance"] for r in known if "provenance" in r], slowest)
+
+
+def _slowest(records: list[dict[str, Any]]) -> float:
+    """Return the ratio of the slowest training to the fastest; 1 of fewer than two."""
+    seconds = [record["cost"]["training"]["seconds"] for record in records if record["status"] == "done"]
+    return max(seconds) / min(seconds) if seconds else 1.0
 
 
 def _runs(group: Group, vanilla: Group, results: Results) -> _Runs:
@@ -166,9 +184,12 @@ def _runs(group: Group, vanilla: Group, results: Results) -> _Runs:
 
     records = {point.seed: read(point) for point in group.finals()}
     compared: dict[str, dict[int, float]] = {}
-    for (kind, seed), point in group.comparisons(vanilla).items():
-        if math.isfinite(group.losses.get(point, math.inf)):
-            compared.setdefault(kind, {})[seed] = group.losses[point]
+    # not only the seeds that the suite asks for: a start's own search may have run others at the same rate
+    seeds = dict.fromkeys([*group.cell.comparison_seeds, *group.cell.final_seeds])
+    for (kind, seed), point in group.comparisons(vanilla, seeds).items():
+        summary = results.summaries.get(trial(group.cell, group.entry, point).key)
+        if summary is not None:
+            compared.setdefault(kind, {})[seed] = summary.loss
     return _Runs(group, {seed: record for seed, record in records.items() if record is not None}, compared)
 
 
@@ -190,6 +211,8 @@ def _row(runs: _Runs, control: _Runs, metric: str | None, vanilla: Group, result
     )
     own = runs is control
     differences = [] if own else statistics.paired(losses, base)
+    broken = len(runs.records) - len(losses)
+    certain = not broken and len(control.records) == len(base)
     curve, clock = _curves(runs)
     level = statistics.final_level(statistics.smooth(_curves(control)[0]))
     reached = statistics.steps_to(statistics.smooth(curve), level) if curve else None
@@ -208,17 +231,16 @@ def _row(runs: _Runs, control: _Runs, metric: str | None, vanilla: Group, result
         label=group.entry.label,
         rates=_rates(group),
         tuned=rate,
-        edge=search.at_edge(cell.search, group.center, cell.suite.seeds, group.losses),
+        edge=search.at_edge(cell.search, group.center, cell.suite.seeds, group.losses, best),
+        broken=broken,
         loss=statistics.estimate(list(losses.values())),
         metric=statistics.estimate(list(scores.values())),
         difference=statistics.estimate(differences),
         metric_difference=statistics.estimate([] if own else statistics.paired(scores, base_scores)),
-        p=statistics.p_value(differences),
+        p=statistics.p_value(differences) if certain else math.nan,
         p_holm=math.nan,
         rows=None if own else _rows(runs, control),
-        compared={
-            kind: statistics.estimate(statistics.paired(found, base)) for kind, found in runs.compared.items() if base
-        },
+        compared={kind: _compared(found, base) for kind, found in runs.compared.items() if base},
         suggested=suggested,
         steps_share=reached / curve[-1][0] if reached is not None else None,
         seconds_share=statistics.at_step(clock, reached) / whole if reached is not None and clock and whole else None,
@@ -237,6 +259,14 @@ def _row(runs: _Runs, control: _Runs, metric: str | None, vanilla: Group, result
         errors=_errors(group, results),
         missing=len(wanted),
     )
+
+
+def _compared(losses: dict[int, float], base: dict[int, float]) -> Estimate:
+    """Return the mean difference; infinite, without an interval, where a run failed or diverged."""
+    differences = statistics.paired(losses, base)
+    if not all(map(math.isfinite, differences)):
+        return Estimate(math.inf, math.nan, math.nan, len(differences))
+    return statistics.estimate(differences)
 
 
 def _curves(runs: _Runs) -> tuple[list[list[float]], list[list[float]]]:
