@@ -96,15 +96,15 @@ def save_tiny_vit(folder: Path) -> Path:
 
 
 def save_images(folder: Path, rows: int = 32, classes: int = 10) -> Path:
-    """Write train, validation and test images whose brightness is their class."""
+    """Write 800 images to train, 200 to validate and some to test, whose brightness is their class."""
     from datasets import Features, Value
     from datasets import Image as ImageFeature
     from PIL import Image
 
     folder.mkdir(parents=True)
     features = Features({"image": ImageFeature(), "label": Value("int64")})
-    for split in ("train", "validation", "test"):
-        labels = [i % classes for i in range(rows)]
+    for split, count in (("train", 800), ("validation", 200), ("test", rows)):
+        labels = [i % classes for i in range(count)]
         images = [Image.new("L", (8, 8), 25 * label) for label in labels]
         table = Dataset.from_dict({"image": images, "label": labels}, features=features)
         table.to_parquet(str(folder / f"{split}.parquet"))

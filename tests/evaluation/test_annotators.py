@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+from unittest.mock import ANY
 
 import pytest
 
 from benchmarks import save_annotator
+from loopback import completion, no_key, serving  # noqa: F401 - a fixture
 from lorainit.errors import LoraInitError
 from lorainit.evaluation.annotators import load_annotator
-from lorainit.evaluation.endpoint import Reply
+from lorainit.evaluation.endpoint import Endpoint, Judge, Reply
 
 PROBABILITY = {
     "fn_completion_parser": "logprob_parser",
@@ -72,7 +75,6 @@ def test_the_prompt_is_filled_in_one_pass_and_outputs_cannot_speak_for_the_syste
     [
         ({"fn_completion_parser": "lmsys_parser"}, "replies for 'lmsys_parser' cannot be read here"),
         ({"batch_size": 5}, "several pairs at once"),
-        ({"completions_kwargs": {"tools": []}}, "asks with tools"),
         ({"completions_kwargs": None}, "no usable"),
         ({"prompt_template": "nowhere.txt"}, "no usable .*nowhere"),
         (PROBABILITY | {"completion_parser_kwargs": {}}, "completion_parser_kwargs cannot be used: 'numerator_token'"),
@@ -104,6 +106,7 @@ def test_an_unknown_annotator_is_an_error(tmp_path):
         ("weighted_alpaca_eval_gpt4_turbo", {"max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": 5}),
         ("alpaca_eval_gpt4", {"max_tokens": 100, "temperature": 0}),
         ("chatgpt", {"max_tokens": 50, "temperature": 0}),
+        ("chatgpt_fn", {"max_tokens": 50, "temperature": 0, "tools": ANY, "tool_choice": ANY}),
     ],
 )
 def test_the_package_brings_its_annotators(name, parameters):
@@ -114,3 +117,25 @@ def test_the_package_brings_its_annotators(name, parameters):
     texts = messages[1]["content"]
     assert texts.index("THE INSTRUCTION") < texts.index("THE FIRST") < texts.index("THE SECOND")
     assert "<|im_" not in texts
+
+
+@pytest.mark.skipif(importlib.util.find_spec("alpaca_eval") is None, reason="needs the alpaca_eval package")
+@pytest.mark.parametrize(("output", "value"), [("Output (a)", 0.0), ("output (b)", 1.0), ("neither", None)])
+@pytest.mark.usefixtures("no_key")
+def test_an_annotator_that_asks_for_a_call_is_answered_by_one(output, value):
+    """Through a server, as a run asks: the tools are sent, and the call's arguments are read."""
+    annotator = load_annotator("chatgpt_fn")
+    function = {"name": "print_best_model", "arguments": json.dumps({"best_output": output})}
+    message = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "type": "function", "function": function}],
+    }
+    with serving(lambda *_: completion("", message=message)) as server:
+        endpoint = Endpoint(Judge("judge", base_url=server.url))
+        found, problem = annotator.read(endpoint.ask(annotator.ask("do", "x", "y"), annotator.parameters))
+        endpoint.close()
+    assert found == value
+    assert (problem is None) == (value is not None)
+    assert server.bodies[0]["tool_choice"]["function"]["name"] == "print_best_model"
+    assert [tool["function"]["name"] for tool in server.bodies[0]["tools"]] == ["print_best_model"]

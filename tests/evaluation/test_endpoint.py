@@ -54,6 +54,51 @@ def test_log_probabilities_are_read_where_they_are(logprobs, expected):
         assert ask(server, {"logprobs": True, "top_logprobs": 5}).choices == expected
 
 
+TOOLS = {"tools": [{"type": "function", "function": {"name": "choose", "parameters": {"type": "object"}}}]}
+FUNCTIONS = {"functions": [{"name": "choose", "parameters": {"type": "object"}}], "function_call": {"name": "choose"}}
+
+
+def called(arguments, content=None):
+    call = {"id": "1", "type": "function", "function": {"name": "choose", "arguments": arguments}}
+    return {"role": "assistant", "content": content, "tool_calls": [call]}
+
+
+def called_once(arguments):
+    return {"role": "assistant", "content": None, "function_call": {"name": "choose", "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message", "text", "problem"),
+    [
+        pytest.param(TOOLS, called('{"best": "a"}'), '{"best": "a"}', None, id="tools"),
+        pytest.param(TOOLS, called('{"best": "a"}', "I choose."), '{"best": "a"}', None, id="tools beside a text"),
+        pytest.param(FUNCTIONS, called_once('{"best": "a"}'), '{"best": "a"}', None, id="functions"),
+        pytest.param(TOOLS, {"role": "assistant", "content": "Output (a)"}, "Output (a)", None, id="a text instead"),
+        pytest.param(TOOLS, called(None), None, "the reply has no text: stop", id="a call without arguments"),
+        pytest.param(
+            TOOLS,
+            {"role": "assistant", "content": None, "tool_calls": []},
+            None,
+            "the reply has no text: stop",
+            id="no call",
+        ),
+        pytest.param(
+            TOOLS,
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function"}]},
+            None,
+            "the reply has no text: stop",
+            id="half a call",
+        ),
+        pytest.param({}, called('{"best": "a"}'), None, "the reply has no text: stop", id="a call nobody asked for"),
+    ],
+)
+def test_the_arguments_of_a_call_are_the_reply_where_one_was_asked_for(parameters, message, text, problem):
+    with serving(script(completion("", message=message))) as server:
+        reply = ask(server, {"temperature": 0} | parameters)
+    assert (reply.text, reply.problem) == (text, problem)
+    assert server.bodies[0].items() >= parameters.items()
+
+
 @pytest.mark.parametrize(
     "first",
     [

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 
+from lorainit import cli
 from lorainit.errors import LoraInitError
+from lorainit.evaluation.alpaca_eval import AlpacaEval
+from lorainit.evaluation.annotators import load_annotator
 from lorainit.evaluation.files import read_rows
+from lorainit.evaluation.gsm8k import GSM8K
+from lorainit.evaluation.mt_bench import MTBench
+from lorainit.tables.table import read_table
 
 ROWS = [{"a": "1", "b": "x\u2028y"}, {"a": "2", "b": "z, w"}]
 
@@ -59,3 +68,46 @@ def test_a_hub_that_is_out_of_reach_is_one_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(LoraInitError, match="'no/such-set' is no local folder, and the hub gives no file 'x.json'"):
         read_rows("no/such-set", "x.json", ())
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SHIPPED = {
+    "mt_bench": ("mt-bench", MTBench, ["--data", "d"]),
+    "alpaca_eval": ("alpaca-eval", AlpacaEval, []),
+    "gsm8k": ("gsm8k", GSM8K, []),
+}
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("evaluation/*.yaml")), ids=lambda file: file.stem)
+def test_every_evaluation_that_ships_is_one(file):
+    """It is read by its command, with what the file's own first line adds, and its options are valid."""
+    command, kind, more = SHIPPED[file.stem]
+    arguments = ["evaluate", command, "--config", str(file), "--adapter", "a", "--output", "o", *more]
+    _, options = cli._parse(arguments)
+    chosen = kind(**options)
+    assert (chosen.model, chosen.adapter, chosen.output) == ("meta-llama/Llama-2-7b-hf", "a", "o")
+    first = file.read_text().splitlines()[0]
+    assert first.startswith(f"# lorainit evaluate {command} --config recipes/evaluation/{file.name} --adapter DIR")
+    for name, value in yaml.safe_load(file.read_text()).items():
+        found = getattr(chosen, name)
+        expected = value.items() if isinstance(value, dict) else {(None, value)}
+        assert all((found if key is None else getattr(found, key)) == part for key, part in expected)
+
+
+def test_every_evaluation_has_its_command():
+    assert sorted(SHIPPED) == sorted(file.stem for file in RECIPES.glob("evaluation/*.yaml"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("alpaca_eval") is None, reason="needs the alpaca_eval package")
+def test_the_annotator_that_ships_can_be_used():
+    load_annotator(yaml.safe_load((RECIPES / "evaluation/alpaca_eval.yaml").read_text())["annotator"])
+
+
+def test_gsm8k_is_asked_as_the_table_trains():
+    """The prompt is the same because it is that of one task."""
+    asked = yaml.safe_load((RECIPES / "evaluation/gsm8k.yaml").read_text())["task"]
+    table = read_table(RECIPES / "tables/llama_math.yaml")
+    for run in table.runs():
+        fields = table.fields(run)
+        assert fields["task"] == asked
+        assert "prompt" not in fields.get("task_options", {})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from decimal import Decimal
 
@@ -83,13 +84,35 @@ def test_right_and_wrong_numbers_are_told_apart(folders, tmp_path):
     assert metrics["replies without ####"] == 1
 
 
-def test_the_prompt_is_the_one_of_training_or_a_conversation(folders):
+@pytest.mark.parametrize("name", ["gsm8k", "metamath", "alpaca"])
+def test_the_prompt_is_the_one_of_training(folders, name):
+    """Token for token what comes before the first labelled one of a training row."""
+    writer, task = gsm8k.Writer(folders[0], None, gsm8k.Generation()), get_task(name)
+    row = dict.fromkeys(task.columns, "") | {task.columns[0]: "What?", task.columns[-1]: "4"}
+    trained = task.encode(Dataset.from_list([row]), writer.tokenizer, 1024)[0]
+    assert gsm8k._tokens(task, "What?", writer, gsm8k.Generation()) == [
+        token for token, label in zip(trained["input_ids"], trained["labels"], strict=True) if label == -100
+    ]
+
+
+def test_the_prompt_of_a_conversation(folders):
     writer = gsm8k.Writer(folders[0], None, gsm8k.Generation())
-    row = {"question": "What?", "answer": "#### 1"}
-    task = get_task("gsm8k")
-    assert writer.tokenizer.decode(gsm8k._tokens(task, row, writer, gsm8k.Generation())) == "Question: What?\nAnswer:"
-    text = writer.tokenizer.decode(gsm8k._tokens(task, row, writer, gsm8k.Generation(template="alpaca")))
+    text = writer.tokenizer.decode(gsm8k._tokens(get_task("gsm8k"), "What?", writer, gsm8k.Generation("alpaca")))
     assert text.endswith("### Instruction:\nWhat?\n\n### Response:")
+
+
+@pytest.mark.parametrize(("name", "stop"), [("gsm8k", "\nQuestion:"), ("metamath", "\nQ:")])
+def test_a_reply_ends_where_the_next_question_of_that_prompt_begins(folders, tmp_path, monkeypatch, name, stop):
+    kept, writer = [], gsm8k.Writer
+    monkeypatch.setattr(gsm8k, "Writer", lambda *arguments: kept.append(arguments[2]) or writer(*arguments))
+    options = GSM8K(folders[0], str(tmp_path), data=folders[2], questions=1, task=name)
+    run(dataclasses.replace(options, generation=gsm8k.Generation(max_new_tokens=2, stop=("x",))))
+    assert [generation.stop for generation in kept] == [("x", stop)]
+
+
+def test_a_task_without_a_prompt_is_an_error():
+    with pytest.raises(LoraInitError, match="task 'sst2' has no prompt to ask with"):
+        GSM8K("model", "out", task="sst2")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 
 from lorainit.errors import LoraInitError
 from lorainit.tasks import DataOptions, fingerprint, get_task
-from runs import save_images, save_tiny_vit
+from runs import save_tiny_vit
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,20 @@ def colours(rows: int, labels=None, names=("image", "label")) -> Dataset:
     return Dataset.from_dict(columns, features=features)
 
 
+def save_parts(folder, train=800, validation=200, test=20, **options):
+    """Save the parts of a source; no two images of the first two parts are alike."""
+    rows = colours(train + validation, **options)
+    parts = {"train": range(train), "validation": range(train, train + validation)}
+    for split, chosen in parts.items():
+        rows.select(chosen).to_parquet(str(folder / f"{split}.parquet"))
+    colours(test, **options).to_parquet(str(folder / "test.parquet"))
+    return DataOptions(path=str(folder))
+
+
+def keys(rows) -> list:
+    return [row["image"].getpixel((0, 0)) for row in rows]
+
+
 def test_images_are_resized_and_normalized_as_the_weights_want_them(processor) -> None:
     task = get_task("svhn")
     encoded = task.encode(colours(3), processor, 0)
@@ -34,26 +50,52 @@ def test_images_are_resized_and_normalized_as_the_weights_want_them(processor) -
     torch.testing.assert_close(batch["pixel_values"][2, :, 4, 4], expected)
 
 
-def test_grey_images_get_three_channels(processor, tmp_path) -> None:
-    folder = save_images(tmp_path / "grey")
-    rows, _ = get_task("svhn").load_data(DataOptions(path=str(folder)), 0)
-    pixels = get_task("svhn").encode(rows, processor, 0)[4]["pixel_values"]
+def test_grey_images_get_three_channels(processor) -> None:
+    grey = colours(1).map(lambda row: {"image": row["image"].convert("L")})
+    pixels = get_task("svhn").encode(grey, processor, 0)[0]["pixel_values"]
     assert torch.equal(pixels[0], pixels[1])
 
 
 def test_final_trains_on_both_draws_and_scores_the_test_part(tmp_path) -> None:
-    folder = save_images(tmp_path / "images", rows=20)
-    options = DataOptions(path=str(folder), eval_samples=7)
-    assert [len(part) for part in get_task("svhn").load_data(options, 0)] == [40, 7]
-    assert [len(part) for part in get_task("svhn", protocol="tune").load_data(options, 0)] == [20, 7]
-    (folder / "test.parquet").unlink()
+    options = dataclasses.replace(save_parts(tmp_path), eval_samples=7)
+    assert [len(part) for part in get_task("svhn").load_data(options, 0)] == [1000, 7]
+    assert [len(part) for part in get_task("svhn", protocol="tune").load_data(options, 0)] == [800, 7]
+    (tmp_path / "test.parquet").unlink()
     with pytest.raises(LoraInitError, match="no split 'test'"):
         get_task("svhn").load_data(options, 0)
 
 
+def test_parts_of_800_and_200_are_taken_as_they_are(tmp_path) -> None:
+    train, validation = get_task("svhn", protocol="tune").load_data(save_parts(tmp_path), 0)
+    assert keys(train) + keys(validation) == keys(colours(1000))
+
+
+def test_800_and_200_are_drawn_from_larger_parts(tmp_path) -> None:
+    """Always the same, each from its own part; a part of the right size stays as it is."""
+    options = save_parts(tmp_path, train=900, validation=300)
+    draws = [[keys(part) for part in get_task("svhn", protocol="tune").load_data(options, seed)] for seed in (0, 1)]
+    assert draws[0] == draws[1]
+    everything = keys(colours(1200))
+    for part, count, source in zip(draws[0], (800, 200), (everything[:900], everything[900:]), strict=True):
+        assert (len(part), len(set(part))) == (count, count)
+        assert set(part) <= set(source)
+        assert part != source[:count]
+    options = save_parts(tmp_path, train=900)
+    assert keys(get_task("svhn").load_data(options, 0)[0])[800:] == keys(colours(1100))[900:]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [((700, 200), "800 images .* from split 'train', which has 700"), ((900, 20), "200 .* 'validation', which has 20")],
+)
+def test_parts_that_are_too_small_are_refused(tmp_path, counts, message) -> None:
+    with pytest.raises(LoraInitError, match=message):
+        get_task("svhn").load_data(save_parts(tmp_path, *counts), 0)
+
+
 def test_scored_images_are_a_fixed_draw_not_the_first(tmp_path) -> None:
-    for split in ("train", "validation", "test"):
-        colours(40, [i // 4 for i in range(40)]).to_parquet(str(tmp_path / f"{split}.parquet"))
+    save_parts(tmp_path)
+    colours(40, [i // 4 for i in range(40)]).to_parquet(str(tmp_path / "test.parquet"))
     options = DataOptions(path=str(tmp_path), eval_samples=10)
     drawn = [get_task("svhn").load_data(options, seed)[1]["label"] for seed in (0, 1)]
     assert list(drawn[0]) == list(drawn[1])
@@ -67,17 +109,14 @@ def test_a_source_without_draws_gives_always_the_same_800_and_200(tmp_path) -> N
     draws = [get_task("svhn", protocol="tune").load_data(options, seed) for seed in (0, 1)]
     assert [len(part) for part in draws[0]] == [800, 200]
     assert fingerprint(draws[0][0]) == fingerprint(draws[1][0])
-    keys = [{row["image"].getpixel((0, 0)) for row in part} for part in draws[0]]
-    assert not keys[0] & keys[1]
+    assert not set(keys(draws[0][0])) & set(keys(draws[0][1]))
     colours(900).to_parquet(str(tmp_path / "train.parquet"))
-    with pytest.raises(LoraInitError, match=r"800 \+ 200 images are to be drawn from split 'train', which has 900"):
+    with pytest.raises(LoraInitError, match="1000 images are to be drawn from split 'train', which has 900"):
         get_task("svhn").load_data(options, 0)
 
 
 def test_the_hubs_other_column_names_are_understood(tmp_path) -> None:
-    for split in ("train", "validation", "test"):
-        colours(4, names=("webp", "cls")).to_parquet(str(tmp_path / f"{split}.parquet"))
-    train, _ = get_task("svhn").load_data(DataOptions(path=str(tmp_path)), 0)
+    train, _ = get_task("svhn").load_data(save_parts(tmp_path, names=("webp", "cls")), 0)
     assert train.column_names == ["image", "label"]
 
 

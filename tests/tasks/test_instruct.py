@@ -80,18 +80,88 @@ def save(folder, rows):
     return DataOptions(path=str(folder))
 
 
-def test_rows_are_held_out_from_the_end_and_refusals_left_out(tmp_path):
-    """WizardLM as in LoRA-GA's experiments: 52 000 of 70 000 rows train, replies that excuse themselves are dropped."""
+COUNTS = {"train_rows": 8, "scored_rows": 3}
+
+
+def test_the_first_rows_train_and_the_next_are_scored_after_refusals_are_left_out(tmp_path):
     rows = [{"instruction": f"do {i}", "output": "Sorry, no" if i % 3 == 0 else f"did {i}"} for i in range(21)]
     rows[1]["output"] = "As an AI model"
     options = save(tmp_path, rows)
-    task = get_task("wizardlm")
+    task = get_task("wizardlm", **COUNTS)
     train, scored = task.load_data(options, seed=0)
     kept = [row["instruction"] for row in rows[2:] if "Sorry" not in row["output"]]
-    assert [*train["instruction"], *scored["instruction"]] == kept
-    assert len(train) == 10  # 13 rows are left: round(13 * 52 / 70)
+    assert len(kept) == 13
+    assert list(train["instruction"]) == kept[:8]
+    assert list(scored["instruction"]) == kept[8:11]
     # a start that is calibrated on the training split does not see what is scored
     assert task.load_rows(options, split="train")["instruction"] == train["instruction"]
+    with pytest.warns(UserWarning, match="5 rows are left to score behind the first 8, not scored_rows=9"):
+        assert len(get_task("wizardlm", train_rows=8, scored_rows=9).load_data(options, seed=0)[1]) == 5
+    with pytest.raises(LoraInitError, match="13 usable rows are too few to train on 13 and score more"):
+        get_task("wizardlm", train_rows=13, scored_rows=9).load_data(options, seed=0)
+
+
+def test_wizardlm_has_the_counts_of_earlier_work(tmp_path):
+    task = get_task("wizardlm")
+    assert (task.train_rows, task.scored_rows, task.overlong) == (52_000, 18_000, "drop")
+    with pytest.raises(LoraInitError, match="30 usable rows are too few to train on 52000 and score more"):
+        task.load_data(save(tmp_path, [{"instruction": "do", "output": "did"}] * 30), seed=0)
+
+
+def test_a_share_is_held_out_from_the_end(tmp_path):
+    rows = [{"instruction": f"do {i}", "input": "", "output": "did"} for i in range(50)]
+    train, scored = get_task("alpaca").load_data(save(tmp_path, rows), seed=0)
+    assert [*train["instruction"], *scored["instruction"]] == [row["instruction"] for row in rows]
+    assert len(scored) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_rows": 5, "scored_rows": None}, "train_rows and scored_rows go together"),
+        ({"train_rows": 0}, "train_rows and scored_rows go together, .* they are 0 and 18000"),
+        ({"held_out": 0.1}, "without held_out, .* held_out is 0.1"),
+        ({"overlong": "pad"}, "overlong='pad' is not one of .'cut', 'drop'"),
+        ({"only": ["type"]}, "is not a column and a text"),
+    ],
+)
+def test_options_that_contradict_each_other(options, message):
+    with pytest.raises(LoraInitError, match=message):
+        get_task("wizardlm", **options)
+
+
+def test_overlong_rows_are_dropped_and_counted():
+    """The limit counts begin and end token; what fits is what a limit without end would give."""
+    task = dataclasses.replace(TASK, overlong="drop")
+    rows = Dataset.from_dict({"q": ["a", "a" * 50, "a", "b"], "a": ["bc", "b", "bcd", "b" * 50]})
+    with pytest.warns(UserWarning, match="task 'toy': 3 of 4 rows hold more than max_length=7 tokens and are left out"):
+        encoded = task.encode(rows, Letters(), 7)
+    assert encoded["input_ids"][:] == [[1, *codes("a: bc"), 2]]
+    assert encoded[0] == TASK.encode(rows.select([0]), Letters(), 99)[0]
+    with pytest.raises(LoraInitError, match="all 4 rows hold more than max_length=6 tokens"):
+        task.encode(rows, Letters(), 6)
+
+
+def test_a_prompt_without_a_reply_is_never_dropped():
+    rows = Dataset.from_dict({"q": ["abcdef"]})
+    assert dataclasses.replace(TASK, overlong="drop").encode(rows, Letters(), 3)["input_ids"][:] == [[1, *codes("ab")]]
+
+
+def test_metamath_by_lora_das_protocol(tmp_path):
+    """Rows of GSM8K's kind alone, the first of them, their replies cut before the sentence that repeats the answer."""
+    kinds = ["GSM_Rephrased", "MATH_SV", "GSM_FOBAR", "GSM_AnsAug"]
+    rows = [
+        {"type": kinds[i % 4], "query": f"q{i}", "response": f"r{i}\n#### {i}\nThe answer is: {i}"} for i in range(12)
+    ]
+    asked = {"only": ["type", "GSM"], "reply_until": "\nThe answer is:", "train_rows": 5, "scored_rows": 2}
+    task = get_task("metamath", **asked)
+    train, scored = task.load_data(save(tmp_path, rows), seed=0)
+    assert list(train["query"]) == ["q0", "q2", "q3", "q4", "q6"]
+    assert list(scored["query"]) == ["q7", "q8"]
+    encoded = task.encode(train, Letters(), 99)[0]
+    assert encoded["input_ids"] == [1, *codes("Q: q0\nA: r0\n#### 0"), 2]
+    with pytest.raises(LoraInitError, match=r"split 'train' lacks the columns \['kind'\]"):
+        get_task("metamath", **asked | {"only": ["kind", "GSM"]}).load_data(save(tmp_path, rows), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +169,7 @@ def test_rows_are_held_out_from_the_end_and_refusals_left_out(tmp_path):
     [
         ([{"instruction": "a", "reply": "b"}], r"split 'train' lacks the columns \['output'\]"),
         ([{"instruction": "a", "output": "sorry"}], "0 usable rows are too few"),
-        ([{"instruction": "a", "output": "b"}], "1 usable rows are too few"),
+        ([{"instruction": "a", "output": "b"}], "1 usable rows are too few to train on 52000"),
     ],
 )
 def test_instruction_data_without_what_it_takes(tmp_path, rows, message):

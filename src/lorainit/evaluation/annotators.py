@@ -71,8 +71,8 @@ def load_annotator(name: str, folder: str | None = None) -> Annotator:
         parameters = dict(config["completions_kwargs"])
     except (yaml.YAMLError, KeyError, TypeError, OSError) as error:
         raise LoraInitError(f"annotator '{name}': {file} has no usable {error}") from error
-    if config.get("batch_size", 1) != 1 or "tools" in parameters or "tool_choice" in parameters:
-        raise LoraInitError(f"annotator '{name}' asks with tools or for several pairs at once, which is not supported")
+    if config.get("batch_size", 1) != 1:
+        raise LoraInitError(f"annotator '{name}' asks for several pairs at once, which is not supported")
     messages = tuple((role, text.strip()) for role, text in _CHATML.findall(template))
     asked = set(_FIELD.findall(" ".join(text for _, text in messages)))
     if asked != {"instruction", "output_1", "output_2"}:

@@ -62,7 +62,8 @@ class Reply:
     """What came back.
 
     Attributes:
-        text: the reply; None where there is none, and then ``problem`` tells why.
+        text: the reply; where a call was asked for, its arguments, or the text of a reply that calls nothing; None
+            where there is none, and then ``problem`` tells why.
         choices: the first token's most likely alternatives with their log-probabilities, where asked for and given.
         prompt_tokens: as counted by the endpoint; None where it does not count.
         completion_tokens: the same.
@@ -147,7 +148,7 @@ class Endpoint:
             raise NoReply(self._line(message + str(error.__cause__ or error))) from error
         except (openai.APIError, ValueError) as error:
             return Reply(None, problem=self._line(f"no chat completion came back: {error}"))
-        return self._checked(found, bool(parameters.get("logprobs")))
+        return self._checked(found, parameters)
 
     def _wait(self, _request: Any) -> None:
         """Let requests start evenly spaced."""
@@ -161,17 +162,20 @@ class Endpoint:
         if self._stopped.wait(max(0.0, start - time.monotonic())):
             raise _Stopped
 
-    def _checked(self, found: Any, with_choices: bool) -> Reply:
+    def _checked(self, found: Any, parameters: dict[str, Any]) -> Reply:
         """Return the parts of a chat completion that count, if they are there and of the right kind."""
         choices = getattr(found, "choices", None)
         if not isinstance(choices, list) or not choices:
             return Reply(None, problem=self._line(f"no chat completion came back: {str(found)[:100]!r}"))
         message = getattr(choices[0], "message", None)
         text = getattr(message, "content", None)
+        if "tools" in parameters or "functions" in parameters:
+            text = _arguments(message) or text
         if not isinstance(text, str):
             reason = getattr(message, "refusal", None) or getattr(choices[0], "finish_reason", None)
             return Reply(None, problem=self._line(f"the reply has no text: {reason}"))
-        alternatives, model = _alternatives(choices[0]) if with_choices else (), getattr(found, "model", None)
+        alternatives = _alternatives(choices[0]) if parameters.get("logprobs") else ()
+        model = getattr(found, "model", None)
         model = self._line(model) if isinstance(model, str) else None
         return Reply(self._hide(text), alternatives, *_tokens(found), model=model)
 
@@ -201,6 +205,17 @@ def _tokens(found: Any) -> tuple[int | None, int | None]:
         prompt if isinstance(prompt, int) and prompt >= 0 else None,
         completion if isinstance(completion, int) and completion >= 0 else None,
     )
+
+
+def _arguments(message: Any) -> str | None:
+    """Return the arguments of a reply's first call, in JSON; None where it calls nothing.
+
+    What was asked for as ``tools`` comes as a list of calls; the older ``functions`` are answered with one.
+    """
+    calls = getattr(message, "tool_calls", None)
+    call = getattr(calls[0], "function", None) if isinstance(calls, list) and calls else None
+    found = getattr(call or getattr(message, "function_call", None), "arguments", None)
+    return found if isinstance(found, str) else None
 
 
 def _alternatives(choice: Any) -> tuple[tuple[str, float], ...]:

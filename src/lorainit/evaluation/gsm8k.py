@@ -31,20 +31,24 @@ class GSM8K:
         output: folder for ``result.json`` and the replies; a re-run there generates only what is missing.
         adapter: adapter folder.
         data: folder with ``test.parquet`` in the hub data set's columns; default: the hub.
+        task: the instruction task that was trained, whose prompt asks the questions: ``gsm8k``, ``metamath``, ...
         questions: take the first so many; default: all 1319.
-        generation: how the model answers; the template ``auto`` is the prompt that the task ``gsm8k`` trains here.
+        generation: how the model answers; the template ``auto`` is the prompt of ``task``, others replace it.
     """
 
     model: str
     output: str
     adapter: str | None = None
     data: str | None = None
+    task: str = "gsm8k"
     questions: int | None = None
     generation: Generation = dataclasses.field(default_factory=lambda: Generation(max_new_tokens=512))
 
     def __post_init__(self) -> None:
         if self.questions is not None and self.questions < 1:
             raise LoraInitError(f"gsm8k: questions must be ≥ 1, got {self.questions}")
+        if not isinstance(get_task(self.task), InstructionTask):
+            raise LoraInitError(f"gsm8k: task '{self.task}' has no prompt to ask with")
 
 
 def run(options: GSM8K) -> dict[str, Any]:
@@ -67,11 +71,14 @@ def run(options: GSM8K) -> dict[str, Any]:
     for number, truth in enumerate(truths, 1):
         if truth is None:
             raise LoraInitError(f"task 'gsm8k': the answer of row {number} has no number behind ####")
+    trained: Any = get_task(options.task)
     # a model that has not learnt to end goes on with a question of its own
-    generation = dataclasses.replace(options.generation, stop=(*options.generation.stop, "\nQuestion:"))
+    begin = trained.prompt.partition("{")[0].strip()
+    stop = (*options.generation.stop, *([f"\n{begin}"] if begin else []))
+    generation = dataclasses.replace(options.generation, stop=stop)
     writer = Writer(options.model, options.adapter, generation)
     prompts = [
-        Prompt(str(number), _tokens(task, row, writer, generation), generation.temperature)
+        Prompt(str(number), _tokens(trained, row["question"], writer, generation), generation.temperature)
         for number, row in enumerate(rows)
     ]
     written = writer.write(prompts, Records(Path(options.output) / "replies.jsonl"))
@@ -105,9 +112,9 @@ def _value(text: str) -> Decimal | None:
         return None
 
 
-def _tokens(task: InstructionTask, row: dict[str, Any], writer: Writer, generation: Generation) -> list[int]:
+def _tokens(task: InstructionTask, question: str, writer: Writer, generation: Generation) -> list[int]:
     """Return the prompt of training, or the question in a conversation's template."""
     if generation.template == "auto":
-        return writer.tokenizer(task.ask(row)).input_ids
+        return writer.tokenizer(task.ask({task.columns[0]: question})).input_ids
     template = find_template(generation.template, writer.tokenizer)
-    return render([{"role": "user", "content": row["question"]}], template, writer.tokenizer)
+    return render([{"role": "user", "content": question}], template, writer.tokenizer)

@@ -23,22 +23,26 @@ TRAIN, VALIDATION, SPLIT_SEED = 800, 200, 0
 class ImageTask(Task):
     """An image to one of ``num_labels`` classes, by VTAB-1k's protocol (Zhai et al. 2019, arXiv:1910.04867).
 
-    800 images to train on and 200 to choose options with are drawn from the source's training part, always the same
-    ones. ``protocol="final"`` trains on all 1000 and scores the source's test part; ``"tune"`` trains on the 800 and
-    scores the 200. The score is that of the model as it is after the last step: no epoch is chosen by it.
+    800 images to train on are drawn from the source's training part and 200 to choose options with from its validation
+    part, or from the training part too where there is no other; always the same ones, and a part of just that size is
+    taken as it is. ``protocol="final"`` trains on all 1000 and scores the source's test part; ``"tune"`` trains on the
+    800 and scores the 200. The score is that of the model as it is after the last step: no epoch is chosen by it.
 
-    A local folder holds ``train.parquet`` and ``test.parquet``, from which the same draw is made, or, beside them,
-    ``validation.parquet``: then ``train`` and ``validation`` are the two draws already.
+    A local folder holds ``train.parquet``, ``test.parquet`` and, if there is a validation part, ``validation.parquet``.
 
     Attributes:
         num_labels: classes.
         group: the part of VTAB that the task belongs to.
         protocol: what is trained on and what is scored.
+        raw_labels: where the hub's labels are finer than the task's classes, how many values they take: label i is then
+            of class ⌊i · num_labels / raw_labels⌋, as VTAB groups neighbours. The labels of local files are never
+            grouped: there they are the classes, and a label beyond them is refused.
     """
 
     num_labels: int = 2
     group: str = ""
     protocol: Protocol = "final"
+    raw_labels: int | None = None
 
     # PEFT has no name for image classification; without one it wraps any model
     task_type: ClassVar[str | None] = None
@@ -47,6 +51,8 @@ class ImageTask(Task):
         """Check the options."""
         if self.protocol not in get_args(Protocol):
             raise ValueError(f"protocol={self.protocol!r} is not one of {list(get_args(Protocol))}")
+        if self.raw_labels is not None and self.raw_labels <= self.num_labels:
+            raise ValueError(f"raw_labels={self.raw_labels} must be more than num_labels={self.num_labels}")
 
     @property
     def label_kind(self) -> LabelKind:
@@ -80,6 +86,7 @@ class ImageTask(Task):
         parts = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
         for name, rows in parts.items():
             self._check(rows, f"split '{name}'", self.columns)
+        parts = self._drawn(parts)
         if self.protocol == "tune":
             train, evaluation = parts["train"], parts["validation"]
         else:
@@ -127,7 +134,7 @@ class ImageTask(Task):
         return {"accuracy": float((predictions.argmax(-1) == labels).mean())}
 
     def _splits(self, path: str | None) -> DatasetDict:
-        """Return train (800), validation (200) and, where there is one, test."""
+        """Return the source's parts: train and, where they are there, validation and test."""
         from pathlib import Path
 
         if path is None:
@@ -137,27 +144,56 @@ class ImageTask(Task):
             splits = self._read(path, ("train", *(name for name in there if name != "train")))
         if "train" not in splits:
             raise LoraInitError(f"task '{self.name}': the data have no split 'train', only {list(splits)}")
-        if path is None or "validation" not in splits:
-            drawn = splits["train"].shuffle(seed=SPLIT_SEED)
-            if len(drawn) < TRAIN + VALIDATION:
-                raise LoraInitError(
-                    f"task '{self.name}': {TRAIN} + {VALIDATION} images are to be drawn from split 'train', which has "
-                    f"{len(drawn)}; or give a folder with 'validation.parquet' beside it"
-                )
-            splits["train"] = drawn.select(range(TRAIN))
-            splits["validation"] = drawn.select(range(TRAIN, TRAIN + VALIDATION))
         return splits
 
+    def _drawn(self, parts: dict[str, Dataset]) -> dict[str, Dataset]:
+        """Return the parts with 800 rows of train and 200 of validation."""
+        if "validation" not in parts:
+            drawn = self._draw(parts["train"], "train", TRAIN + VALIDATION)
+            return parts | {
+                "train": drawn.select(range(TRAIN)),
+                "validation": drawn.select(range(TRAIN, TRAIN + VALIDATION)),
+            }
+        for split, count in (("train", TRAIN), ("validation", VALIDATION)):
+            if len(parts[split]) != count:
+                parts = parts | {split: self._draw(parts[split], split, count).select(range(count))}
+        return parts
+
+    def _draw(self, rows: Dataset, split: str, count: int) -> Dataset:
+        """Return the rows in the order of the draw, if there are enough of them."""
+        if len(rows) < count:
+            raise LoraInitError(
+                f"task '{self.name}': {count} images are to be drawn from split '{split}', which has {len(rows)}"
+            )
+        return rows.shuffle(seed=SPLIT_SEED)
+
     def _load(self, source: tuple[str | None, ...], files: dict[str, str] | None) -> DatasetDict:
-        """Return the splits with their columns called image and label."""
+        """Return the splits with their columns called image and label, and the hub's labels grouped into classes."""
         splits = super()._load(source, files)
         for split, rows in splits.items():
             for wanted, names in zip(("image", "label"), (IMAGE_NAMES, LABEL_NAMES), strict=True):
                 found = [name for name in names if name in rows.column_names]
                 if found and wanted not in rows.column_names:
                     rows = rows.rename_column(found[0], wanted)  # noqa: PLW2901
-            splits[split] = rows
+            splits[split] = self._grouped(rows, str(split)) if files is None and self.raw_labels is not None else rows
         return splits
+
+    def _grouped(self, rows: Dataset, split: str) -> Dataset:
+        """Return rows of the hub with classes for labels; the images are not touched.
+
+        Raises:
+            LoraInitError: the labels are not what `raw_labels` says, because they are grouped already, for example.
+        """
+        self._check(rows, f"split '{split}'", self.columns)
+        table: Any = rows.with_format("arrow").select_columns(["label"])[:]
+        labels, raw = table["label"].to_numpy().astype(np.int64), self.raw_labels or 0
+        if labels.min() < 0 or not self.num_labels <= labels.max() < raw:
+            raise LoraInitError(
+                f"task '{self.name}': raw_labels={raw} says that the hub's labels go to {raw - 1}; in split '{split}' "
+                f"they go from {labels.min()} to {labels.max()}"
+            )
+        classes: Any = labels * self.num_labels // raw
+        return rows.remove_columns("label").add_column("label", classes)  # pyright: ignore[reportCallIssue]
 
     def _check(self, rows: Dataset, where: str, columns: tuple[str, ...]) -> None:
         super()._check(rows, where, columns)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ..errors import LoraInitError
 from .task import Task
@@ -11,6 +12,8 @@ from .task import Task
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
+
+Overlong = Literal["cut", "drop"]
 
 # the format of Stanford Alpaca (Taori et al. 2023), which WizardLM's data are trained in too
 ALPACA = (
@@ -28,20 +31,48 @@ ALPACA_WITH_INPUT = (
 class InstructionTask(Task):
     """A reply to a prompt; the metric is the evaluation loss in nats a token of the reply.
 
+    A data set without an evaluation split is parted by ``held_out``, or by ``train_rows`` and ``scored_rows``. Rows are
+    left out by ``only`` and ``unwanted`` before they are counted, by ``overlong`` after: what a row is in tokens is not
+    known before the model is.
+
     Attributes:
         prompt: what stands before the reply, with the columns' names in braces.
         prompt_with_input: the same for rows whose column ``input`` is not empty.
-        held_out: where the data set has no evaluation split, the share of its rows, from the end, that is scored.
+        held_out: the share of the rows, from the end, that is scored.
+        train_rows: train on so many rows, the first ones; fewer are an error.
+        scored_rows: score so many of the rows that follow; fewer are a warning, none is an error.
+        only: (column, text): rows whose column does not hold the text are left out.
         unwanted: rows with one of these phrases in their reply, in whatever case, are left out.
+        reply_until: a reply ends before this text, where it holds it.
+        overlong: ``"cut"`` rows to the most tokens a row may hold, or ``"drop"`` those that have more, their end token
+            counted.
     """
 
     prompt: str = "{prompt}"
     prompt_with_input: str | None = None
     held_out: float = 0.0
+    train_rows: int | None = None
+    scored_rows: int | None = None
+    only: tuple[str, str] | None = None
     unwanted: tuple[str, ...] = ()
+    reply_until: str | None = None
+    overlong: Overlong = "cut"
 
     task_type: ClassVar[str] = "CAUSAL_LM"
     nullable: ClassVar[tuple[str, ...]] = ("input",)  # as good as an empty one
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.overlong not in get_args(Overlong):
+            raise ValueError(f"overlong={self.overlong!r} is not one of {list(get_args(Overlong))}")
+        counts = (self.train_rows, self.scored_rows)
+        if counts != (None, None) and (self.held_out or any(count is None or count < 1 for count in counts)):
+            raise ValueError(
+                "train_rows and scored_rows go together, without held_out, and are ≥ 1; they are "
+                f"{self.train_rows} and {self.scored_rows}, and held_out is {self.held_out}"
+            )
+        if self.only is not None and len(self.only) != 2:
+            raise ValueError(f"only={self.only!r} is not a column and a text")
 
     def load_model(self, name_or_path: str, **options: Any) -> Any:
         """Load the causal language model."""
@@ -56,23 +87,28 @@ class InstructionTask(Task):
         return self.prompt.format(**row)
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-        """Tokenize prompt, reply and end-of-text, cut to ``max_length``; rows of which no reply is left are dropped.
+        """Tokenize prompt, reply and end-of-text, at most ``max_length`` tokens; rows that keep no reply are dropped.
 
         Raises:
-            LoraInitError: no row keeps a token of its reply.
+            LoraInitError: no row keeps a token of its reply, or all are too long.
         """
-        reply = self.columns[-1]
+        reply, drops = self.columns[-1], self.overlong == "drop" and self.columns[-1] in rows.column_names
+        # one more token tells the rows that are too long
+        room = max_length + drops
 
         def tokenize(row: dict[str, Any]) -> dict[str, Any]:
             prompt = tokenizer(self.ask(row)).input_ids
             if reply not in row:
                 return {"input_ids": prompt[:max_length]}
+            text = row[reply] if self.reply_until is None else row[reply].partition(self.reply_until)[0]
             # without its begin token, which belongs to the prompt
-            answer = tokenizer(" " + row[reply].strip(), add_special_tokens=False).input_ids
-            ids = [*prompt, *answer, tokenizer.eos_token_id][:max_length]
-            return {"input_ids": ids, "labels": ([-100] * len(prompt) + ids[len(prompt) :])[:max_length]}
+            answer = tokenizer(" " + text.strip(), add_special_tokens=False).input_ids
+            ids = [*prompt, *answer, tokenizer.eos_token_id][:room]
+            return {"input_ids": ids, "labels": ([-100] * len(prompt) + ids[len(prompt) :])[:room]}
 
         encoded = rows.map(tokenize, remove_columns=rows.column_names, desc=f"{self.name}: tokenize")
+        if drops:
+            encoded = self._without_overlong(encoded, max_length)
         if "labels" in encoded.column_names:
             encoded = encoded.filter(lambda row: any(label != -100 for label in row["labels"]))  # noqa: PLR2004
         if len(encoded) == 0:
@@ -118,22 +154,65 @@ class InstructionTask(Task):
 
         return pack
 
+    def _without_overlong(self, encoded: Dataset, max_length: int) -> Dataset:
+        kept = encoded.filter(lambda row: len(row["input_ids"]) <= max_length)
+        dropped = len(encoded) - len(kept)
+        if not len(kept):
+            raise LoraInitError(f"task '{self.name}': all {dropped} rows hold more than max_length={max_length} tokens")
+        if dropped:
+            warnings.warn(
+                f"task '{self.name}': {dropped} of {len(encoded)} rows hold more than max_length={max_length} tokens "
+                "and are left out",
+                stacklevel=3,
+            )
+        return kept
+
     def _read(self, path: str | None, splits: tuple[str, ...]) -> DatasetDict:
-        """Return the splits, the evaluation split cut from the other one where the data set has none."""
-        if not self.held_out:
-            return super()._read(path, splits)
+        """Return the splits without unwanted rows, the evaluation split cut from the other one where it has to be."""
+        parted = self.held_out or self.train_rows is not None
+        wanted = (self.train_split,) if parted else splits
+        found = super()._read(path, wanted)
+        for split in wanted:
+            if split in found:
+                found[split] = self._wanted(found[split], f"split '{split}'")
+        if not parted:
+            return found
+        if self.train_split not in found:
+            raise LoraInitError(f"task '{self.name}': the data have no split '{self.train_split}', only {list(found)}")
+        return self._parted(found[self.train_split])
+
+    def _wanted(self, rows: Dataset, where: str) -> Dataset:
+        """Return the rows that `only` and `unwanted` leave."""
+        if self.only is None and not self.unwanted:
+            return rows
+        reply, (column, text) = self.columns[-1], self.only or (self.columns[0], "")
+        needed = (column, reply) if self.unwanted else (column,)
+        self._check(rows, where, needed)
+        self._check_no_nulls(rows, where, column)
+        return rows.filter(
+            lambda row: text in row[column] and not any(phrase in row[reply].lower() for phrase in self.unwanted)
+        )
+
+    def _parted(self, rows: Dataset) -> DatasetDict:
+        """Return the rows to train on and those to score as two splits."""
         from datasets import DatasetDict
 
-        rows = super()._read(path, (self.train_split,))[self.train_split]
-        self._check(rows, f"split '{self.train_split}'", self.columns)
-        if self.unwanted:
-            reply = self.columns[-1]
-            rows = rows.filter(lambda row: not any(text in row[reply].lower() for text in self.unwanted))
-        kept = round(len(rows) * (1 - self.held_out))
-        if not 0 < kept < len(rows):
-            raise LoraInitError(f"task '{self.name}': {len(rows)} usable rows are too few to hold some out for scoring")
+        train, end = self.train_rows or round(len(rows) * (1 - self.held_out)), len(rows)
+        if not 0 < train < end:
+            wanted = (
+                "to hold some out for scoring" if self.train_rows is None else f"to train on {train} and score more"
+            )
+            raise LoraInitError(f"task '{self.name}': {end} usable rows are too few {wanted}")
+        if self.scored_rows is not None:
+            end = min(end, train + self.scored_rows)
+            if end < train + self.scored_rows:
+                warnings.warn(
+                    f"task '{self.name}': {end - train} rows are left to score behind the first {train}, "
+                    f"not scored_rows={self.scored_rows}",
+                    stacklevel=4,
+                )
         return DatasetDict(
-            {self.train_split: rows.select(range(kept)), self.eval_split: rows.select(range(kept, len(rows)))}
+            {self.train_split: rows.select(range(train)), self.eval_split: rows.select(range(train, end))}
         )
 
 
@@ -153,13 +232,25 @@ TASKS = (
         prompt_with_input=ALPACA_WITH_INPUT,
         held_out=0.04,
     ),
-    # 70 000 rows; the first 52 000 train and the next 18 000 are scored in LoRA-GA's and ABM-LoRA's experiments
+    # as in LoRA-GA's and ABM-LoRA's experiments. They count after dropping what is too long, this before: a few rows
+    # fewer train here. Of the hub's 70 000 rows fewer than the 18 000 are left to score.
     InstructionTask(
         name="wizardlm",
         hub=("WizardLMTeam/WizardLM_evol_instruct_70k", None),
         columns=("instruction", "output"),
         prompt=ALPACA,
-        held_out=18 / 70,
+        train_rows=52_000,
+        scored_rows=18_000,
         unwanted=("sorry", "as an ai"),
+        overlong="drop",
+    ),
+    # the prompt that LoRA-DA's authors train; `lorainit evaluate gsm8k --task metamath` asks with the same
+    InstructionTask(
+        name="metamath",
+        hub=("meta-math/MetaMathQA", None),
+        columns=("query", "response"),
+        prompt="Q: {query}\nA:",
+        train_rows=100_000,
+        scored_rows=500,
     ),
 )

@@ -1,7 +1,12 @@
 """The 19 tasks of VTAB-1k (Zhai et al. 2019, arXiv:1910.04867): seven natural, four specialized, eight structured.
 
-The hub's copies are those of the CLIP benchmark, whose labels were made by VTAB's own code. The 800 and 200 images are
-drawn here (see `ImageTask`): they are not the published draw, which its authors give as file lists.
+The hub's copies are the CLIP benchmark's, which made the labels with VTAB's code, but left dSprites' as they are there:
+32 positions and 40 angles, which VTAB groups into 16 classes each and `raw_labels` does here. CIFAR-100 and SUN397 come
+from elsewhere; the CLIP benchmark's SUN397 has a test part alone. Its copy's three parts and two
+columns were looked up, as were dSprites' numbers of labels; none of the copies has been loaded here.
+
+The 800 and 200 images are drawn here (see `ImageTask`): they are not the published draw, which its authors give as file
+lists.
 """
 
 from __future__ import annotations
@@ -14,9 +19,16 @@ from .images import ImageTask
 GROUPS = ("natural", "specialized", "structured")
 
 
-def _task(name: str, group: str, num_labels: int, source: str, owner: str = "clip-benchmark") -> ImageTask:
+def _task(
+    name: str, group: str, num_labels: int, source: str, owner: str = "clip-benchmark", raw_labels: int | None = None
+) -> ImageTask:
     return ImageTask(
-        name=name, hub=(f"{owner}/{source}", None), columns=("image", "label"), num_labels=num_labels, group=group
+        name=name,
+        hub=(f"{owner}/{source}", None),
+        columns=("image", "label"),
+        num_labels=num_labels,
+        group=group,
+        raw_labels=raw_labels,
     )
 
 
@@ -28,7 +40,7 @@ TASKS = (
     _task("flowers102", "natural", 102, "wds_vtab-flowers"),
     _task("pets", "natural", 37, "wds_vtab-pets"),
     _task("svhn", "natural", 10, "wds_vtab-svhn"),
-    _task("sun397", "natural", 397, "wds_sun397"),
+    _task("sun397", "natural", 397, "sun397", "dpdl-benchmark"),
     _task("camelyon", "specialized", 2, "wds_vtab-pcam"),
     _task("eurosat", "specialized", 10, "wds_vtab-eurosat"),
     _task("resisc45", "specialized", 45, "wds_vtab-resisc45"),
@@ -37,8 +49,8 @@ TASKS = (
     _task("clevr-distance", "structured", 6, "wds_vtab-clevr_closest_object_distance"),
     _task("dmlab", "structured", 6, "wds_vtab-dmlab"),
     _task("kitti", "structured", 4, "wds_vtab-kitti_closest_vehicle_distance"),
-    _task("dsprites-location", "structured", 16, "wds_vtab-dsprites_label_x_position"),
-    _task("dsprites-orientation", "structured", 16, "wds_vtab-dsprites_label_orientation"),
+    _task("dsprites-location", "structured", 16, "wds_vtab-dsprites_label_x_position", raw_labels=32),
+    _task("dsprites-orientation", "structured", 16, "wds_vtab-dsprites_label_orientation", raw_labels=40),
     _task("smallnorb-azimuth", "structured", 18, "wds_vtab-smallnorb_label_azimuth"),
     _task("smallnorb-elevation", "structured", 9, "wds_vtab-smallnorb_label_elevation"),
 )
