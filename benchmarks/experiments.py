@@ -3,6 +3,7 @@
     python benchmarks/experiments.py --data FOLDER              # all that is missing; start it twice for two workers
     python benchmarks/experiments.py --data FOLDER --mini       # a seed, a column, 20 steps: does every row run?
     python benchmarks/experiments.py --only vtab t5_glue ...    # some tables
+    python benchmarks/experiments.py --data FOLDER --redo       # what another recipe has made is run again
     python benchmarks/experiments.py --list                     # what is done, what is missing, and its hours
     python benchmarks/experiments.py --page                     # only docs/experiments.md, from the results there are
 
@@ -21,6 +22,7 @@ from typing import Any
 from lorainit.tables.measured import Measured
 from lorainit.tables.page import page
 from lorainit.tables.place import Place
+from lorainit.tables.record import discard_changed
 from lorainit.tables.table import Table, merge, read_table
 from lorainit.tables.work import work
 
@@ -85,13 +87,15 @@ def document() -> str:
     return "\n".join(lines)
 
 
-def main(data: str | None, only: list[str], shortened: bool, listed: bool, paged: bool) -> None:
+def main(data: str | None, only: list[str], shortened: bool, listed: bool, paged: bool, redo: bool) -> None:
     """Run, or only tell."""
     for name in only:
         table = read_table(RECIPES / f"{name}.yaml", "small")
         table = mini(table) if shortened else table
         here = place(data or "{data}")
         if data is not None and not (listed or paged):
+            for file in discard_changed(table, here) if redo else ():
+                print(f"removed {file}, made from another recipe")
             work(table, here)
         measured = Measured(table, here)
         left = measured.hours()
@@ -109,4 +113,5 @@ if __name__ == "__main__":
     parser.add_argument("--mini", dest="shortened", action="store_true", help="only the short runs")
     parser.add_argument("--list", dest="listed", action="store_true", help="only count what is done and missing")
     parser.add_argument("--page", dest="paged", action="store_true", help="only write the page")
+    parser.add_argument("--redo", action="store_true", help="run again what was made from another recipe")
     main(**vars(parser.parse_args()))

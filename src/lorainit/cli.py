@@ -111,6 +111,8 @@ def table(
     results: str = "runs/tables/results",
     scratch: str = "runs/tables/scratch",
     show: bool = False,
+    redo: bool = False,
+    write_recipe: str | None = None,
 ) -> None:
     """Repeat a published table: carry out its missing runs, print what was measured beside what was printed.
 
@@ -127,17 +129,33 @@ def table(
         results: folder for one JSON a run; what is there is not run again.
         scratch: folder for adapters that other rows need.
         show: run nothing, only print the table.
+        redo: first remove the chosen runs' results that were made from another recipe than the table file's.
+        write_recipe: run nothing, only write the chosen runs' recipes to this folder, for `lorainit train --config`.
     """
     from pathlib import Path
 
     from .tables.measured import Measured
     from .tables.page import page
     from .tables.place import Place
+    from .tables.recipes import write_recipes
+    from .tables.record import discard_changed
     from .tables.table import read_table
     from .tables.work import work
 
+    if show + redo + (write_recipe is not None) > 1:
+        raise LoraInitError("show, redo and write-recipe exclude each other")
     chosen = read_table(file, scale).selected(row, column, seeds, rates)
     place = Place(Path(results), Path(scratch), data)
+    if write_recipe is not None:
+        files, left = write_recipes(chosen, Path(write_recipe), data)
+        for path in files:
+            print(f"wrote {path}")
+        for run in left:
+            print(f"{run.name}: no recipe, only `lorainit table` carries out a control", file=sys.stderr)
+        return
+    if redo:
+        for path in discard_changed(chosen, place):
+            print(f"removed {path}, made from another recipe")
     if not show:
         work(chosen, place)
     print(page(chosen, place))
@@ -315,8 +333,19 @@ def _add_table(parser: Any) -> None:
         ("rates", float, "learning rates instead of the table's"),
     ):
         parser.add_argument(f"--{name}", type=kind, nargs="+", help=what)
-    parser.add_function_arguments(table, as_group=False, skip={"file", "row", "column", "seeds", "rates", "show"})
+    own = {"file", "row", "column", "seeds", "rates", "show", "redo", "write_recipe"}
+    parser.add_function_arguments(table, as_group=False, skip=own)
     parser.add_argument("--show", action="store_true", help="run nothing, only print the table")
+    parser.add_argument(
+        "--redo", action="store_true", help="first remove the results of another recipe than the table file's"
+    )
+    parser.add_argument(
+        "--write-recipe",
+        dest="write_recipe",
+        metavar="FOLDER",
+        type=str,
+        help="run nothing, only write the runs' recipes there, for `lorainit train --config`",
+    )
 
 
 def _add_diagnose(parser: Any) -> None:

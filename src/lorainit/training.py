@@ -15,6 +15,7 @@ from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from . import baselines, checkpoint, provenance
 from .cost import measure
@@ -132,6 +133,8 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
     method = get_method(recipe.method, **recipe.method_options)  # checked before anything is loaded
     baselines.check(recipe.adapter, recipe.method, recipe.lora_plus, recipe.resume)
     output = Path(recipe.output)
+    if recipe.resume and not (output.is_dir() and get_last_checkpoint(str(output))):
+        raise LoraInitError(f"resume: there is no checkpoint in {output} to continue from")
     arguments = _training_arguments(recipe, output)
     set_seed(recipe.seed)
     rows = task.load_data(recipe.data, recipe.seed)
@@ -481,6 +484,8 @@ def _training_arguments(recipe: Recipe, output: Path) -> TrainingArguments:
     unknown = sorted(set(fields) - known)
     if unknown:
         raise LoraInitError(f"train: {unknown} are no fields of transformers.TrainingArguments")
+    if fields.get("resume_from_checkpoint"):  # the Trainer does not read it: the training would begin anew
+        raise LoraInitError("train: resume_from_checkpoint: a recipe says `resume: true`, at the command line --resume")
     if fields.get("bf16") and not torch.accelerator.is_available():
         fields.setdefault("use_cpu", True)  # without it Transformers takes mixed precision for a GPU's alone
     try:

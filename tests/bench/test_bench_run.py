@@ -143,7 +143,7 @@ def test_asha_stops_the_worse_rates_early(machine, root, tmp_path) -> None:
     ("changes", "options", "message"),
     [
         ({}, {"root": None}, "pass --root"),
-        ({}, {"root": "/no/such"}, "there is no folder /no/such/sst2"),
+        ({}, {"root": "/no/such"}, "there is no folder /no/such/bert"),
         ({"resources": Resources(cpus=999)}, {}, "no machine of the cluster has 999 CPUs"),
         ({"resources": Resources(gpus=8)}, {}, "8 GPUs"),
     ],

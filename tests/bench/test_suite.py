@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pytest
 
 from lorainit import LoraInitError
 from lorainit.bench import load
+from lorainit.bench.checks import check_folders
 from lorainit.bench.search import Point
 from lorainit.bench.suite import CONTROLS, MethodEntry, Search, read
 from lorainit.bench.trial import cells, command, located, trial
-from lorainit.cli import _parse, train
+from lorainit.cli import _parse, main, train
 from tiny_suite import SUITE
 
 BASE = """
@@ -21,7 +23,7 @@ models:
   - label: m
     model: root:models/m
     tasks: [{task: sst2, data: {path: "root:sst2"}}]
-train: {learning_rate: 1e-4, max_steps: 5}
+train: {weight_decay: 1e-4, max_steps: 5}
 """
 
 
@@ -52,8 +54,8 @@ def test_controls_come_first_and_are_never_left_out(tmp_path) -> None:
         ("name: x", "name: x\nranks: [0]", "ranks: 0 is below 1"),
         ("name: x", "name: x\nsearch: {schedule: grid, exponents: []}", "search.exponents is empty"),
         ("name: x", "name: x\nsearch: {schedule: random}", "schedule"),
-        ("name: x", "name: x\nsearch: {unit: 0}", "search: unit must be positive"),
-        ("{task: sst2,", "{task: sst2, search: {unit: 0},", "models: m: tasks: sst2: search: unit must be positive"),
+        ("name: x", "name: x\nsearch: {unit: 0}", "search: unit: 0 is no positive number"),
+        ("{task: sst2,", "{task: sst2, search: {unit: 0},", "models: m: tasks: sst2: search: unit: 0 is no"),
         ("{task: sst2,", "{task: sst2, search: {schedule: asha, exponents: []},", "search.exponents is empty"),
         ("name: x", "name: x\ndiagnosis: null", "'suggested' needs the diagnosis"),
         ("name: x", "name: x\ncompare: [bounded]", "'bounded' needs the diagnosis with curvature: true"),
@@ -63,6 +65,35 @@ def test_controls_come_first_and_are_never_left_out(tmp_path) -> None:
         ("label: m", "label: a/b", "models: label 'a/b' cannot be a folder's name"),
         ("{task: sst2,", "{task: sst2, forgetting: {task: text},", "causal language model only"),
         ('tasks: [{task: sst2, data: {path: "root:sst2"}}]', "tasks: []", "models: m: tasks is empty"),
+        ("name: x", "name: x\nsearch: {final_seeds: [1, 1]}", r"search.final_seeds: 1 stands there twice$"),
+        ("name: x", "name: x\nsearch: {final_seeds: []}", "search.final_seeds is empty"),
+        ("name: x", "name: x\nsearch: {compare_seeds: [0, 0]}", "search.compare_seeds: 0 stands there twice"),
+        (
+            "name: x",
+            "name: x\nsearch: {final_seeds: [3, 4], compare_seeds: [0, 3]}",
+            r"search: compare_seeds: \[0\] are not among the seeds at the tuned rate, \[3, 4\]",
+        ),
+        ("name: x", "name: x\nsearch: {compare_seeds: [7]}", r"\[7\] are not among .*, \[0, 1, 2\]"),
+        ("name: x", "name: x\nsearch: {finalists: 0}", "search: finalists: 0 is below 1"),
+        ("name: x", "name: x\nsearch: {stride: 0}", "search: stride: 0 is below 1"),
+        ("{task: sst2,", "{task: sst2, search: {reduction: 1},", "tasks: sst2: search: reduction: 1 is below 2"),
+        ("name: x", "name: x\nsearch: {schedule: asha, grace: 0}", "search: grace: 0 is below 1"),
+        ("name: x", "name: x\nsearch: {schedule: asha}", "models: m: tasks: sst2: asha needs train.max_steps"),
+        (
+            "max_steps: 5}",
+            "max_steps: 5, eval_strategy: steps, eval_steps: 5}\nsearch: {schedule: asha}",
+            "models: m: tasks: sst2: search.grace: 1 × 5 steps are no less than max_steps, 5",
+        ),
+        ("{task: sst2,", "{task: sst2, metric: acuracy,", r"sst2: .*no metric 'acuracy'; its metrics: \['accuracy'\]"),
+        ("{task: sst2,", "{task: stsb, metric: accuracy,", r"its metrics: \['pearson'\]"),
+        ("{task: sst2,", "{task: text, metric: accuracy,", "none beside the loss; leave metric out"),
+        ("max_steps: 5", "max_step: 5", "train: 'max_step' is no field of .*; did you mean 'max_steps'"),
+        ("max_steps: 5", "seed: 5", "train: 'seed' is no field .* that can be set here"),
+        ("max_steps: 5", "learning_rate: 1.0", "train: 'learning_rate' is no field .* that can be set here"),
+        ("{task: sst2,", "{task: sst2, train: {bf61: true},", "models: m: tasks: sst2: train: 'bf61' is no field"),
+        ("label: m", "label: m\n    train: {zzz: 1}", "models: m: train: 'zzz' is no field"),
+        ("label: m", "label: m\n    lora: {alpha: 1}", "models: m: lora: 'alpha' is no field of peft.LoraConfig"),
+        ("loram,", "{label: loram, lora: {rslora: true}},", "methods: loram: lora: 'rslora' is no field"),
     ],
     ids=lambda value: None,
 )
@@ -71,6 +102,70 @@ def test_a_wrong_suite_is_refused_by_one_line_that_names_the_place(tmp_path, old
     with pytest.raises(LoraInitError, match=message) as caught:
         load(written(tmp_path, BASE.replace(old, new)))
     assert "suite.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1"])
+def test_every_metric_of_a_task_may_be_shown(tmp_path, metric) -> None:
+    own = BASE.replace("{task: sst2,", f"{{task: mrpc, metric: {metric},")
+    assert load(written(tmp_path, own)).models[0].tasks[0].metric == metric
+
+
+def test_seeds_that_all_have_a_partner_are_taken(tmp_path) -> None:
+    for search in ("{final_seeds: [3, 4], compare_seeds: [4]}", "{final_seeds: [3, 4]}", "{compare_seeds: []}"):
+        load(written(tmp_path, BASE + f"search: {search}"))
+
+
+def test_a_document_may_have_a_start_and_wrong_lines_are_counted_as_an_editor_does(tmp_path) -> None:
+    plain = load(written(tmp_path, BASE))
+    assert load(written(tmp_path, f"# what it is for\n---{BASE}")) == plain
+    with pytest.raises(LoraInitError, match="line 2, column 9"):
+        load(written(tmp_path, "name: x\nmodels: ]\nmethods: []\n"))
+
+
+@pytest.mark.parametrize(
+    ("model", "missing"),
+    [
+        ("root:models/m", "models: m: there is no folder {root}/models/m"),
+        ("benchmarks/backbones/none", "models: m: there is no folder benchmarks/backbones/none"),
+        ("./none", "models: m: there is no folder ./none"),
+        ("/none", "models: m: there is no folder /none"),
+        ("package:json/none", "models: m: model 'package:json/none': the package has no folder 'none'"),
+        ("package:no_such_package/none", "the Python package 'no_such_package' is not installed"),
+        ("FacebookAI/roberta-large", None),
+        ("gpt2", None),
+        ("root:there", None),
+    ],
+)
+def test_a_model_folder_that_is_not_there_is_named_and_a_hub_name_is_let_pass(tmp_path, model, missing) -> None:
+    for folder in ("sst2", "there"):
+        (tmp_path / folder).mkdir()
+    suite = load(written(tmp_path, BASE.replace("root:models/m", model)))
+    if missing is None:
+        check_folders(suite, str(tmp_path))
+        return
+    with pytest.raises(LoraInitError, match=re.escape(missing.format(root=tmp_path))):
+        check_folders(suite, str(tmp_path))
+
+
+def test_data_folders_that_are_not_there_are_named(tmp_path) -> None:
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    text = BASE.replace("{task: sst2,", "{task: text, forgetting: {task: text, data: {path: root:held}},")
+    suite = load(written(tmp_path, text))
+    with pytest.raises(LoraInitError, match="models: m: tasks: text: there is no folder .*/sst2"):
+        check_folders(suite, str(tmp_path))
+    (tmp_path / "sst2").mkdir()
+    with pytest.raises(LoraInitError, match="models: m: tasks: text: there is no folder .*/held"):
+        check_folders(suite, str(tmp_path))
+
+
+def test_the_command_checks_the_folders_before_anything_runs(tmp_path, capsys) -> None:
+    (tmp_path / "sst2").mkdir()
+    file, output = written(tmp_path, BASE), tmp_path / "results"
+    assert main(["bench", str(file), "--root", str(tmp_path), "--output", str(output)]) == 1
+    assert f"error: models: m: there is no folder {tmp_path}/models/m" in capsys.readouterr().err
+    assert not output.exists()
+    assert main(["bench", str(file), "--output", str(output)]) == 1
+    assert "pass --root FOLDER" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_named() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -66,6 +67,50 @@ def test_the_largest_gain_beyond_chance_that_applies_is_chosen(table, entries, f
     choice = table(*entries).choose(features, with_data=with_data)
     assert (choice.method.info.name, choice.match_lr) == expected
     assert len(choice.reasons) >= 2
+
+
+def test_the_report_says_where_the_evidence_comes_from_and_on_which_tasks_it_stands() -> None:
+    said = str(lorainit.initialize(model(), "auto", progress=False))
+    table = json.loads((Path(lorainit.__file__).parent / "methods/evidence.json").read_text())
+    assert f"lorainit's own evidence, from {len(table['tasks'])} tasks" in said
+    for task in (*table["tasks"], table["made_by"]):
+        assert task in said
+    best = max(table["entries"], key=lambda found: found["gain"])
+    assert f"on {best['tasks']} of {len(table['tasks'])} tasks" in said
+    assert all(name in said for name in best["where"])
+
+
+def test_another_table_is_named_with_its_tasks_or_without(table, tmp_path) -> None:
+    auto = table(entry("pissa", 0.05, match_lr=True))
+    first, chosen = auto.choose({}, with_data=False).reasons
+    assert first.startswith(f"evidence in {tmp_path}/evidence.json, from tasks that it does not name: 1 entries")
+    assert " on 6 tasks, p 0.01: chosen" in chosen
+    named = {"entries": [entry("pissa", 0.05)], "tasks": list("abcdef"), "made_by": "a hand"}
+    (tmp_path / "evidence.json").write_text(json.dumps(named))
+    first, chosen = auto.choose({}, with_data=False).reasons
+    assert "from 6 tasks (a; b; c; d; e; f), made by `a hand`: 1 entries, 1 with a gain" in first
+    assert "loss -5.0 % beside tuned vanilla's (-6.0 to -4.0 %) on 6 of 6 tasks" in chosen
+
+
+@pytest.mark.parametrize("match_lr", [True, False])
+def test_the_choice_says_whether_the_start_is_rescaled(table, match_lr) -> None:
+    report = lorainit.initialize(model(), table(entry("pissa", 0.05, match_lr=match_lr)), progress=False)
+    choice = report.details["choice"]
+    assert choice["match_lr"] == match_lr
+    assert ("at vanilla's tuned rate with match_lr" in choice["reasons"][-1]) == match_lr
+    assert ("asks for no match_lr" in choice["reasons"][-1]) != match_lr
+    assert all((layer.rate_ratio is not None) == match_lr for layer in report.layers)
+
+
+def test_an_entry_that_does_not_apply_says_why_and_where_it_would(table) -> None:
+    choice = table(entry("pissa", 0.05, where=HALF, match_lr=True)).choose({"information_loss": 0.4}, with_data=True)
+    assert choice.reasons[1].endswith(
+        "with match_lr: loss -5.0 % beside tuned vanilla's (-6.0 to -4.0 %) on 6 tasks with information_loss from 0.5 "
+        "to 1, p 0.01; here: information_loss 0.4"
+    )
+    choice = table(entry("loram", 0.05, p=0.5, where=HALF)).choose({}, with_data=False)
+    assert "no more than chance: loram at a tuned rate of its own" in choice.reasons[1]
+    assert "information_loss from 0.5 to 1, p 0.5" in choice.reasons[1]
 
 
 def test_a_choice_by_diagnostics_looks_at_the_data_and_the_chosen_method_gets_all_of_them(table) -> None:

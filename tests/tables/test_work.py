@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -15,7 +13,7 @@ from lorainit.tables.measured import Measured
 from lorainit.tables.page import page
 from lorainit.tables.place import Place
 from lorainit.tables.table import Run, read_table
-from lorainit.tables.work import carry_out, taken, work
+from lorainit.tables.work import carry_out, work
 from runs import save_images, save_tiny_vit
 
 
@@ -23,14 +21,14 @@ from runs import save_images, save_tiny_vit
 def table_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")
     save_tiny_vit(folder / "vit")
-    save_images(folder / "images")
+    save_images(folder / "images", rows=800)  # as many as the task draws
     abm = {"teacher": "teacher:LoRA", "steps": 2, "batch_size": 4, "report_batches": 0}
     content = {
         "title": "Tiny images",
         "source": "nowhere",
         "recipe": {
             "model": "{data}/vit",
-            "data": {"path": "{data}/images"},
+            "data": {"path": "{data}/images", "eval_samples": 32},
             "train": {"max_steps": 2, "per_device_train_batch_size": 8, "disable_tqdm": True},
         },
         "columns": {"Digits": {"task": "svhn"}},
@@ -67,7 +65,6 @@ def test_every_run_and_what_it_needs_leaves_one_result(done) -> None:
     assert (result["table"], result["row"], result["column"]) == ("tiny-paper", "ABM", "Digits")
     assert result["learning_rate"] == 1e-3
     assert str(place.data) not in json.dumps(result)
-    assert not list(place.scratch.rglob("*.lock"))
     assert [path.parent.name for path in place.scratch.rglob("adapter")] == ["lora_own_100"]
 
 
@@ -109,8 +106,23 @@ def test_losses_are_better_when_lower_and_an_unknown_metric_is_refused(done) -> 
     }
     best = Measured(dataclasses.replace(table, score="loss"), place).best("LoRA", "Digits")
     assert best == min(losses, key=losses.__getitem__)
-    with pytest.raises(LoraInitError, match="shows 'f1', but row 'LoRA' has only"):
+    with pytest.raises(LoraInitError, match="column 'Digits' shows 'f1', but row 'LoRA' has only"):
         page(dataclasses.replace(table, score="f1"), place)
+
+
+def test_a_column_may_have_a_score_of_its_own_and_the_page_names_it(done) -> None:
+    table, place = done
+    own = {"Digits": table.columns["Digits"] | {"score": "loss", "times": 1.0}}
+    measured = Measured(dataclasses.replace(table, columns=own), place)  # what is scored is no part of a recipe
+    losses = {
+        rate: json.loads(place.result(table, Run("LoRA", "Digits", 0, rate)).read_text())["metrics"]["loss"]
+        for rate in (1e-3, 1e-2)
+    }
+    best = min(losses, key=losses.__getitem__)
+    assert measured.best("LoRA", "Digits") == best
+    text = page(measured.table, place)
+    assert "| row | Digits (loss) |" in text
+    assert f"| LoRA | {losses[best]:.2f} [{best:g}]<br>*12.5* |" in text
 
 
 def test_a_row_that_fails_says_which_it_is_and_leaves_no_result(table_file, tmp_path) -> None:
@@ -121,48 +133,6 @@ def test_a_row_that_fails_says_which_it_is_and_leaves_no_result(table_file, tmp_
     ):
         carry_out(table, Run("LoRA", "Digits", 0), place)
     assert not place.results.exists()
-
-
-def test_a_lock_is_for_one(tmp_path) -> None:
-    lock = tmp_path / "lock"
-    with taken(lock) as mine, taken(lock) as again:
-        assert mine
-        assert not again
-        assert lock.exists()
-    assert not lock.exists()
-
-
-@pytest.mark.parametrize("left", ["", "1", "999999999"], ids=["empty", "living process", "dead process"])
-def test_a_file_that_nobody_holds_is_no_lock(tmp_path, left) -> None:
-    lock = tmp_path / "lock"
-    lock.write_text(left)
-    with taken(lock) as mine:
-        assert mine
-    assert not lock.exists()
-
-
-def test_a_lock_falls_with_its_process(tmp_path) -> None:
-    lock = tmp_path / "lock"
-    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code, str(lock)], **pipes) as other:
-        assert other.stdout
-        other.stdout.readline()
-        with taken(lock) as mine:
-            assert not mine
-        assert lock.exists()
-        other.kill()
-    with taken(lock) as mine:
-        assert mine
-
-
-def test_a_file_that_its_holder_removed_is_not_locked(tmp_path) -> None:
-    lock = tmp_path / "lock"
-    with lock.open("w") as stale:
-        lock.unlink()
-        assert not module._locked(stale.fileno(), lock)
-        lock.write_text("another's")
-        assert not module._locked(stale.fileno(), lock)
 
 
 @pytest.mark.parametrize("data", [".", "data", "0", "data/", "/", ""])
@@ -177,6 +147,31 @@ def test_folders_are_named_only_where_a_text_is_a_path_into_them(table_file, tmp
     assert {key: result[key] for key in kept} == kept
     named = {"file": "{data}/vit", "output": "SCRATCH/tiny-paper/digits/lora_own_0"}
     assert result["paths"] == [named if data else {}]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("run.py --data ../some/data --only x", "run.py --data {data} --only x"),
+        ("run.py --data=../some/data/", "run.py --data={data}/"),
+        ("table '../some/data/glue' and ../some/data.", "table '{data}/glue' and {data}."),
+        ("../some/data and ../some/data/x", "{data} and {data}/x"),
+        ("cat ../some/database ../some/data-2 ../some/data.txt", None),
+        ("cat /else/../some/data a../some/data", None),
+        ("cat /made/here/x", "cat SCRATCH/x"),
+    ],
+)
+def test_folders_are_named_in_the_middle_of_a_text_at_the_bounds_of_a_path(text, shown) -> None:
+    folders = {"/made/here": "SCRATCH", "../some/data": "{data}"}
+    assert module._portable({"command": text}, folders) == {"command": shown or text}
+
+
+def test_a_folder_in_another_one_has_its_own_name() -> None:
+    folders = {"/made": "SCRATCH", "/made/data/": "{data}"}
+    assert module._portable(["/made/data/x", "cp /made/data/x /made/y"], folders) == [
+        "{data}/x",
+        "cp {data}/x SCRATCH/y",
+    ]
 
 
 def test_what_diverges_and_what_needs_it_is_done_and_shown_as_such(table_file, tmp_path, monkeypatch) -> None:
@@ -197,6 +192,8 @@ def test_what_diverges_and_what_needs_it_is_done_and_shown_as_such(table_file, t
     measured = Measured(table, place)
     assert (measured.best("LoRA", "Digits"), measured.best("Continued", "Digits")) == (1e-3, None)
     assert measured.hours() == 0
+    assert stored["recipe"]["train"]["learning_rate"] == 1e-3
+    assert stored["needs"]["teacher:LoRA"]["seed"] == 100
     text = page(table, place)
     assert "| LoRA | 50.00 [0.001]<br>*12.5* |" in text
     assert "| Continued | diverged |" in text
@@ -210,3 +207,5 @@ def test_the_command_prints_the_table(done, table_file, capsys) -> None:
     assert "## Tiny images" in capsys.readouterr().out
     assert main(["table", str(table_file), "--row", "None", *folders]) == 1
     assert "has no row 'None'" in capsys.readouterr().err
+    assert main(["table", str(table_file), "--show", "--redo"]) == 1
+    assert "show, redo and write-recipe exclude each other" in capsys.readouterr().err

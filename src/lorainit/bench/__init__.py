@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .suite import Suite, load
+from .checks import load
+from .suite import Suite
 
 __all__ = ["Suite", "load"]

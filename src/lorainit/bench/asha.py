@@ -12,7 +12,6 @@ import ray
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from transformers import TrainerCallback
 
-from ..errors import LoraInitError
 from .suite import Search
 
 if TYPE_CHECKING:
@@ -112,7 +111,7 @@ def judges(tables: list[Cell], results: Results) -> dict[str, Judge]:
         LoraInitError: the suite does not say when trainings are evaluated and end.
     """
     remote: Any = ray.remote(num_cpus=0)(Rungs)
-    found = {cell.name: Judge(remote.remote(cell.search), *_intervals(cell)) for cell in tables}
+    found = {cell.name: Judge(remote.remote(cell.search), *cell.evaluations()) for cell in tables}
     for key in results.summaries:
         if "_judged_" in key:
             record = results.read(key)
@@ -124,14 +123,3 @@ def judges(tables: list[Cell], results: Results) -> dict[str, Judge]:
                 told = (f"{tags['cell']}/{tags['label']}", key, step, loss, judge.every, judge.steps)
                 ray.get(judge.rungs.report.remote(*told))
     return found
-
-
-def _intervals(cell: Cell) -> tuple[int, int]:
-    """Return (steps from one evaluation to the next, steps in all) of a cell's trainings."""
-    train = cell.train
-    every, steps = train.get("eval_steps"), train.get("max_steps")
-    if train.get("eval_strategy") != "steps" or not isinstance(every, int) or not isinstance(steps, int):
-        raise LoraInitError(
-            f"{cell.name}: asha needs train.max_steps, train.eval_strategy: steps and train.eval_steps, whole numbers"
-        )
-    return every, steps

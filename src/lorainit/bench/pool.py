@@ -11,9 +11,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -25,6 +27,8 @@ Job = TypeVar("Job")
 Job_co = TypeVar("Job_co", covariant=True)
 _STILLBORN = 8  # workers in a row that die before they have done anything
 _PATIENCE = 600.0  # seconds without a worker before the cluster is called too small
+_KNOCK = 5.0  # seconds within which a cluster's port has to open
+_CLIENT_PORT = 10001  # Ray's, where a ray:// address names none
 
 
 class Source(Protocol[Job_co]):
@@ -75,15 +79,38 @@ def cluster(address: str | None) -> Iterator[None]:
         store = 256 * 2**20  # records are small
         quiet |= {"address": "local", "include_dashboard": False, "object_store_memory": store}
     else:
+        _knock(address)
         quiet |= {"address": address}
     try:
         ray.init(**quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise LoraInitError(f"no Ray cluster at '{address}': {error}") from error
+        what = "Ray does not start on this machine" if address is None else f"no Ray cluster at '{address}'"
+        raise LoraInitError(f"{what}: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise at once where nothing listens at an address; Ray itself would wait for minutes.
+
+    What names no port is left to Ray, which refuses a bare host at once, and at ``auto`` looks on this machine.
+    """
+    # Ray takes this variable for `auto`
+    found = os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
+    told = f"'{address}'" if found == address else f"'{found}' (RAY_ADDRESS)"
+    scheme, _, place = found.rpartition("://")
+    try:
+        parts = urlsplit(f"//{place}")
+        port = parts.port or (_CLIENT_PORT if scheme == "ray" else None)
+    except ValueError as error:
+        raise LoraInitError(f"{told} is no address of a Ray cluster, HOST:PORT or ray://HOST:PORT: {error}") from error
+    if port is not None:
+        try:
+            socket.create_connection((parts.hostname or "", port), timeout=_KNOCK).close()
+        except OSError as error:
+            raise LoraInitError(f"no Ray cluster at {told}: nothing answers at port {port}: {error}") from error
 
 
 def run(

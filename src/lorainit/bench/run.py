@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import time
 from collections import Counter
@@ -14,12 +13,13 @@ from typing import Any
 
 from .. import provenance
 from ..errors import LoraInitError
+from ..lock import taken
 from . import pool
+from .checks import check_folders
 from .plan import Plan
 from .results import Results, Summary, write_json
-from .search import Point
 from .suite import Suite
-from .trial import Cell, Trial, cells, located
+from .trial import Cell, Trial, cells
 from .work import carry_out
 
 
@@ -60,15 +60,12 @@ def bench(
         tell: takes a line a trial.
 
     Raises:
-        LoraInitError: a path without root, no such cluster, no room for a trial, or another process is at work in the
+        LoraInitError: a path without root, a folder that is not there, no such cluster, no room for a trial, or another process is at work in the
             folder.
     """
     begin = time.perf_counter()
+    check_folders(suite, root)
     tables = cells(suite)
-    for cell in tables:
-        recipe = located(cell.recipe(suite.entries()[0], Point(1.0, 0)), root)
-        if cell.task.data.path is not None and not Path(str(recipe.data.path)).is_dir():
-            raise LoraInitError(f"task '{cell.task.name}': there is no folder {recipe.data.path}")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder), contextlib.closing(Results(folder)) as results:
@@ -114,12 +111,10 @@ class _Ahead:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second driver out of the folder; the system drops the lock with the process, however that ends."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LoraInitError(f"another process is at work in {folder}") from None
+    """Keep a second driver out of the folder."""
+    with taken(folder / ".lock") as mine:
+        if not mine:
+            raise LoraInitError(f"another process is at work in {folder}")
         yield
 
 

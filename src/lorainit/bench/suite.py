@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
-import math
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from ..diagnostics.run import DiagnosisOptions
 from ..errors import LoraInitError
-from ..methods import get_method
-from ..tasks import DataOptions, get_task
+from ..tasks import DataOptions
 from ..training import Calibration
 
 VANILLA = "kaiming"
@@ -80,11 +75,12 @@ class Search:
         exponents: of ``grid`` and ``asha``, relative to where the method's best is expected.
         stride: of ``bracket``: exponents between its first rates.
         widest: exponents away from where the best is expected, beyond which the search stops.
-        grace: of ``asha``: evaluations before a trial may be stopped.
-        reduction: of ``asha``: one in so many goes on.
+        grace: of ``asha``: evaluations before a trial may be stopped; fewer than a whole training has.
+        reduction: of ``asha``: one in so many goes on, at least 2.
         finalists: so many rates, the best of the search, run with every final seed; the best mean is the tuned rate.
         final_seeds: of the finalists; default: the suite's.
-        compare_seeds: seeds of the runs that the suite's ``compare`` adds; default: the final seeds.
+        compare_seeds: seeds of the runs that the suite's ``compare`` adds: some of the final seeds, with whose runs
+            they are paired; default: all of them.
     """
 
     schedule: Literal["bracket", "grid", "asha"] = "bracket"
@@ -222,24 +218,6 @@ class Suite:
         return {"search": self.search} | {where: search for where, search in tasks.items() if search is not None}
 
 
-# results lie in folders that are called after models, tasks and methods
-_LABEL = r"[^/\\.][^/\\]*"
-
-
-def load(file: str | Path) -> Suite:
-    """Read a suite and check all that can be known before anything runs.
-
-    Raises:
-        LoraInitError: no such file, an unknown field, method, task or module, an empty grid, a label given twice.
-    """
-    suite = read(file)
-    try:
-        check(suite)
-    except LoraInitError as error:
-        raise LoraInitError(f"suite {file}: {error}") from error
-    return suite
-
-
 def read(file: str | Path) -> Suite:
     """Read a suite, without a look at whether its methods, tasks and modules are there.
 
@@ -251,73 +229,12 @@ def read(file: str | Path) -> Suite:
     if not Path(file).is_file():
         raise LoraInitError(f"there is no suite {file}")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Suite, "suite")
-    parser.add_argument("--file", action="config")
+    parser.add_class_arguments(Suite, as_group=False)
     try:
-        text = Path(file).read_text()
-        nested = "suite:\n" + "".join(f"  {line}\n" for line in text.splitlines())
-        found: Any = parser.instantiate_classes(parser.parse_string(nested))
+        found: Any = parser.instantiate_classes(parser.parse_string(Path(file).read_text()))
     except (ArgumentError, UnicodeDecodeError) as error:
         raise LoraInitError(f"suite {file}: {' '.join(str(error).split())}") from error
-    return found.suite
-
-
-def check(suite: Suite) -> None:
-    """Raise a `LoraInitError` on anything that is known to be wrong before a trial runs."""
-    import_modules(suite.imports)
-    _check_lists(suite)
-    _check_numbers(suite)
-    for entry in suite.entries():
-        with _within(f"methods: {entry.label}"):
-            get_method(entry.name, **entry.options)
-    for model in suite.models:
-        for task in model.tasks:
-            with _within(f"models: {model.label}: tasks: {task.name}"):
-                chosen = get_task(task.task)
-                if task.forgetting is not None and {
-                    chosen.task_type,
-                    get_task(task.forgetting.task).task_type,
-                } != {"CAUSAL_LM"}:
-                    raise LoraInitError("forgetting is measured on a causal language model only")
-
-
-def _check_lists(suite: Suite) -> None:
-    """Raise on a list with nothing in it, or with something twice."""
-    lists: dict[str, list[Any]] = {
-        "models": [model.label for model in suite.models],
-        "ranks": suite.ranks,
-        "seeds": suite.seeds,
-    }
-    lists |= {f"models: {m.label}: tasks": [task.name for task in m.tasks] for m in suite.models}
-    lists |= {
-        f"{w}.exponents": search.exponents for w, search in suite.searches().items() if search.schedule != "bracket"
-    }
-    for where, values in lists.items():
-        if not values:
-            raise LoraInitError(f"{where} is empty: there is nothing to run")
-    lists["methods"] = [entry if isinstance(entry, str) else entry.label for entry in suite.methods]
-    for where, values in lists.items():
-        wrong = [value for value in values if isinstance(value, str) and not re.fullmatch(_LABEL, value)]
-        if wrong:
-            raise LoraInitError(f"{where}: label '{wrong[0]}' cannot be a folder's name; give it one without / and \\")
-        twice = sorted({str(value) for value in values if values.count(value) > 1})
-        if twice:
-            raise LoraInitError(f"{where}: {', '.join(twice)} stands there twice; give entries a label of their own")
-
-
-def _check_numbers(suite: Suite) -> None:
-    resources = suite.resources
-    if min(suite.ranks) < 1:
-        raise LoraInitError(f"ranks: {min(suite.ranks)} is below 1")
-    for where, search in suite.searches().items():
-        if not (search.unit > 0 and math.isfinite(search.unit) and search.stride >= 1 and search.widest >= 1):
-            raise LoraInitError(f"{where}: unit must be positive, stride and widest at least 1")
-    if "suggested" in suite.compare and suite.diagnosis is None:
-        raise LoraInitError("compare: 'suggested' needs the diagnosis, which is switched off")
-    if "bounded" in suite.compare and not (suite.diagnosis and suite.diagnosis.curvature):
-        raise LoraInitError("compare: 'bounded' needs the diagnosis with curvature: true")
-    if resources.attempts < 1 or (resources.workers is not None and resources.workers < 1):
-        raise LoraInitError("resources: attempts and workers must be at least 1")
+    return Suite(**vars(found))
 
 
 def import_modules(names: list[str]) -> None:
@@ -331,12 +248,3 @@ def import_modules(names: list[str]) -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise LoraInitError(f"imports: module '{name}' cannot be imported: {error}") from error
-
-
-@contextlib.contextmanager
-def _within(where: str) -> Iterator[None]:
-    """Say where an error lies."""
-    try:
-        yield
-    except LoraInitError as error:
-        raise LoraInitError(f"{where}: {error}") from error

@@ -185,8 +185,7 @@ def _runs(group: Group, vanilla: Group, results: Results) -> _Runs:
     records = {point.seed: read(point) for point in group.finals()}
     compared: dict[str, dict[int, float]] = {}
     # not only the seeds that the suite asks for: a start's own search may have run others at the same rate
-    seeds = dict.fromkeys([*group.cell.comparison_seeds, *group.cell.final_seeds])
-    for (kind, seed), point in group.comparisons(vanilla, seeds).items():
+    for (kind, seed), point in group.comparisons(vanilla, group.cell.final_seeds).items():
         summary = results.summaries.get(trial(group.cell, group.entry, point).key)
         if summary is not None:
             compared.setdefault(kind, {})[seed] = summary.loss

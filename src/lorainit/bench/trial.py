@@ -45,7 +45,7 @@ class Cell:
     @property
     def final_seeds(self) -> list[int]:
         """The seeds at the best rate."""
-        return self.search.final_seeds or self.suite.seeds
+        return self.suite.seeds if self.search.final_seeds is None else self.search.final_seeds
 
     @property
     def comparison_seeds(self) -> list[int]:
@@ -82,6 +82,19 @@ class Cell:
     def train(self) -> dict[str, Any]:
         """Return the fields of `transformers.TrainingArguments` that all trials of the cell share."""
         return self.recipe(MethodEntry("kaiming"), Point(1.0, 0)).train
+
+    def evaluations(self) -> tuple[int, int]:
+        """Return (steps from one evaluation to the next, steps in all), which `asha` has to know.
+
+        Raises:
+            LoraInitError: the suite does not say when trainings are evaluated and end.
+        """
+        every, steps = self.train.get("eval_steps"), self.train.get("max_steps")
+        if self.train.get("eval_strategy") != "steps" or not isinstance(every, int) or not isinstance(steps, int):
+            raise LoraInitError(
+                "asha needs train.max_steps, train.eval_strategy: steps and train.eval_steps, whole numbers"
+            )
+        return every, steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Evidence:
         low: lower end of its 95 % interval over tasks.
         high: upper end.
         tasks: how many tasks.
-        p: of the gain, adjusted for the entries about the same tasks (Holm).
+        p: of the gain, adjusted for all entries, among which `Auto` chooses (Holm).
         match_lr: whether it ran at vanilla's rate with ``match_lr``, rather than at a tuned rate of its own.
         where: the entry holds where each of these diagnostics of the fresh adapter lies between two values; see
             `lorainit.Diagnosis` for their meaning.
@@ -96,14 +96,24 @@ class Auto(Method):
         """Check the table."""
         try:
             self.table()
+            self.origin()
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise LoraInitError(f"evidence={self.evidence!r} is no table of evidence: {error}") from error
 
     def table(self) -> list[Evidence]:
         """Return the entries."""
-        found = json.loads(Path(self.evidence or _TABLE).read_text())["entries"]
+        found = self._read()["entries"]
         bounds = [{name: tuple(ends) for name, ends in entry.get("where", {}).items()} for entry in found]
         return [Evidence(**(entry | {"where": where})) for entry, where in zip(found, bounds, strict=True)]
+
+    def origin(self) -> str:
+        """Return where the evidence comes from: the file, the tasks that it stands on, and what made it."""
+        found = self._read()
+        file = "lorainit's own evidence" if self.evidence is None else f"evidence in {self.evidence}"
+        names = found.get("tasks", [])
+        tasks = f"{len(names)} tasks ({'; '.join(names)})" if names else "tasks that it does not name"
+        made = f", made by `{found['made_by']}`" if "made_by" in found else ""
+        return f"{file}, from {tasks}{made}"
 
     @property
     def wants_data(self) -> bool:
@@ -122,32 +132,49 @@ class Auto(Method):
         """
         from .registry import get_method
 
-        table = self.table()
+        table, known = self.table(), len(self._read().get("tasks", []))
         helpful = sorted((entry for entry in table if entry.helps), key=lambda entry: -entry.gain)
-        reasons = [f"{len(table)} entries of evidence, {len(helpful)} with a gain over tuned vanilla beyond chance"]
+        counted = f"{len(table)} entries, {len(helpful)} with a gain over tuned vanilla beyond chance"
+        reasons = [f"{self.origin()}: {counted}"]
         for entry in helpful:
-            method = get_method(entry.method)
-            found = (
-                f"{entry.method}{' with match_lr' if entry.match_lr else ''}: loss {100 * entry.gain:.1f} % lower "
-                f"({100 * entry.low:.1f} to {100 * entry.high:.1f} %) on {entry.tasks} tasks"
-            )
-            bounds = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in entry.where.items())
-            where = f" with {bounds}" if bounds else ""
+            method, found = get_method(entry.method), _told(entry, known)
             if not entry.holds(features):
                 seen = ", ".join(f"{name} {features.get(name, math.nan):.3g}" for name in entry.where)
-                reasons.append(f"{found}{where}; here: {seen}")
+                reasons.append(f"{found}; here: {seen}")
             elif method.info.needs and not with_data:
-                reasons.append(f"{found}{where}; it needs data, and there are none")
+                reasons.append(f"{found}; it needs data, and there are none")
+            elif entry.match_lr:
+                reasons.append(f"{found}: chosen, with match_lr as there: train at the rate that suits vanilla")
+                return Choice(method, True, tuple(reasons))
             else:
-                return Choice(method, entry.match_lr, (*reasons, f"{found}{where}: chosen"))
+                reasons.append(f"{found}: chosen; the evidence asks for no match_lr: tune the learning rate")
+                return Choice(method, False, tuple(reasons))
         best = max(table, key=lambda entry: entry.gain, default=None)
         if best is not None and not helpful:
-            reasons.append(
-                f"the largest is {best.method}'s, {100 * best.gain:+.1f} % ({100 * best.low:+.1f} to "
-                f"{100 * best.high:+.1f} %) on {best.tasks} tasks, p {best.p:.2g}"
-            )
+            reasons.append(f"the largest gain is no more than chance: {_told(best, known)}")
         return Choice(Kaiming(), False, (*reasons, "vanilla: nothing is expected to help"))
 
     def start(self, site: LoraSite, generator: torch.Generator) -> Factors:
         """Return vanilla's start: what a method that is built on another gets, where no choice is made."""
         return Kaiming().start(site, generator)
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(Path(self.evidence or _TABLE).read_text())
+
+
+def _told(entry: Evidence, known: int) -> str:
+    """Return what an entry says, in a sentence.
+
+    Args:
+        entry: the entry.
+        known: how many tasks the table names.
+    """
+    rate = "at vanilla's tuned rate with match_lr" if entry.match_lr else "at a tuned rate of its own"
+    change, low, high = (-100 * value for value in (entry.gain, entry.high, entry.low))
+    share = f" of {known}" if known else ""
+    bounds = " and ".join(f"{name} from {low:.3g} to {high:.3g}" for name, (low, high) in entry.where.items())
+    where = f" with {bounds}" if bounds else ""
+    return (
+        f"{entry.method} {rate}: loss {change:+.1f} % beside tuned vanilla's ({low:+.1f} to {high:+.1f} %) on "
+        f"{entry.tasks}{share} tasks{where}, p {entry.p:.2g}"
+    )

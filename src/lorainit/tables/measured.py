@@ -6,7 +6,8 @@ import statistics
 from typing import Any
 
 from ..errors import LoraInitError
-from .place import Place, has_diverged, read_result
+from .place import Place, has_diverged
+from .record import is_recorded, read_checked
 from .table import Run, Table
 
 Scores = dict[int, float]
@@ -18,6 +19,9 @@ class Measured:
     Args:
         table: the table.
         place: where they lie.
+
+    Raises:
+        LoraInitError: one of them was made from another recipe than the table file's.
     """
 
     def __init__(self, table: Table, place: Place) -> None:
@@ -26,9 +30,13 @@ class Measured:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the results that have come since."""
+        """Read the results that have come since.
+
+        Raises:
+            LoraInitError: one of them was made from another recipe than the table file's.
+        """
         for run in self.table.runs():
-            found = None if run in self.results else read_result(self.place.result(self.table, run))
+            found = None if run in self.results else read_checked(self.table, run, self.place)
             if found:
                 self.results[run] = found
 
@@ -54,13 +62,18 @@ class Measured:
         found = {}
         for run, result in self.results.items():
             if (run.row, run.column, run.rate) == (row, column, rate) and not has_diverged(result):
-                if self.table.score not in result["metrics"]:
+                score = self.table.score_of(column)
+                if score not in result["metrics"]:
                     raise LoraInitError(
-                        f"table '{self.table.name}' shows '{self.table.score}', but row '{row}' has only "
+                        f"table '{self.table.name}', column '{column}' shows '{score}', but row '{row}' has only "
                         f"{list(result['metrics'])}"
                     )
-                found[run.seed] = self.table.times * result["metrics"][self.table.score]
+                found[run.seed] = self.table.times_of(column) * result["metrics"][score]
         return found
+
+    def unrecorded(self) -> int:
+        """Return how many of the results do not keep all that they were made from."""
+        return sum(not is_recorded(self.table, run, result) for run, result in self.results.items())
 
     def diverged(self, row: str, column: str, rate: float | None) -> set[int]:
         """Return the seeds whose runs of a cell diverged at a rate."""
@@ -75,7 +88,7 @@ class Measured:
         A rate at which one of them diverged is none to choose: the mean of the others would flatter it. None where no
         rate is left, or where the row's own is all.
         """
-        sign = -1 if self.table.score == "loss" else 1
+        sign = -1 if self.table.score_of(column) == "loss" else 1
         means = {}
         for rate in self.table.rates:
             searching = self.table.searching_seeds()

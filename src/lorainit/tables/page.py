@@ -36,7 +36,13 @@ def page(table: Table, place: Place) -> str:
     else:
         rate = table.rates[0] if table.rates else None
         lines += _grid(table, measured, lambda row, column: rate)
-    return "\n".join([*lines, *(f"* {note}" for note in table.notes), ""])
+    notes, unrecorded = [*table.notes], measured.unrecorded()
+    if unrecorded:
+        notes.append(
+            f"{unrecorded} of the results carry no record of all that they were made from (they diverged or have "
+            "teachers, and are older than such records): they are taken as they are."
+        )
+    return "\n".join([*lines, *(f"* {note}" for note in notes), ""])
 
 
 def _grid(
@@ -45,7 +51,8 @@ def _grid(
     """Return the lines of one Markdown table; what is published stands below what is measured."""
     tasks = {column: changes.get("task", "") for column, changes in table.columns.items()}
     groups = list(_means(tasks, dict.fromkeys(tasks, 0.0)))
-    lines = ["| row | " + " | ".join([*tasks, *groups]) + " |", "|---" * (1 + len(tasks) + len(groups)) + "|"]
+    titles = [_title(table, column) for column in tasks]
+    lines = ["| row | " + " | ".join([*titles, *groups]) + " |", "|---" * (1 + len(tasks) + len(groups)) + "|"]
     for row in dict.fromkeys([*table.rows, *table.published]):
         cells: dict[str, list[str]] = {name: [] for name in (*tasks, *groups)}
         ours = {}
@@ -68,6 +75,12 @@ def _grid(
             cells[name].append(f"*{mean:.2f}*")
         lines.append(f"| {row} | " + " | ".join("<br>".join(texts) for texts in cells.values()) + " |")
     return [*lines, ""]
+
+
+def _title(table: Table, column: str) -> str:
+    """Return a column's name, with its metric where that is not the table's."""
+    score = table.score_of(column)
+    return column if score == table.score else f"{column} ({score})"
 
 
 def _lost(table: Table, measured: Measured, row: str, column: str, rate: float | None) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 
 from .table import Run, Table
 
+SCRATCH = "SCRATCH"  # what stands for the scratch folder in results
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:

@@ -7,11 +7,12 @@
     recipe: {model: google-t5/t5-base}  # fields of a recipe, shared by all runs
     columns:
       CoLA: {task: cola-t5}
+      STS-B: {task: stsb, score: pearson}  # a column may have its own `score` and `times`
     rows:
       LoRA: {}
       ABM: {method: abm, method_options: {teacher: "teacher:LoRA"}, cells: {CoLA: {seed: 1}}}
     published:
-      LoRA: [69.35]                     # one value a column, null where there is none
+      LoRA: [69.35, null]               # one value a column, null where there is none
     notes: [...]
     rates: [1.0e-4, 3.0e-4]             # every row is tried at; default: each row's own, in its recipe
     search_seeds: 1                     # the first seed tries every rate, the others only the best; default: all do
@@ -78,10 +79,10 @@ class Table:
         name: the file's name without ending, and the scale.
         title: one line.
         source: where the published figures come from.
-        score: the metric that is shown.
-        times: what it is multiplied by.
+        score: the metric that is shown, where a column has none of its own.
+        times: what it is multiplied by, likewise.
         recipe: what all runs share.
-        columns: {name: changes}.
+        columns: {name: changes}, with a column's own ``score`` and ``times`` among them.
         rows: {name: changes}.
         published: {row: {column: value}}.
         seeds: of the runs.
@@ -112,6 +113,14 @@ class Table:
     keep_adapters: bool = False
     chosen_rows: tuple[str, ...] = ()
     chosen_columns: tuple[str, ...] = ()
+
+    def score_of(self, column: str) -> str:
+        """Return the metric that a column shows."""
+        return self.columns[column].get("score", self.score)
+
+    def times_of(self, column: str) -> float:
+        """Return what a column's metric is multiplied by."""
+        return self.columns[column].get("times", self.times)
 
     def searching_seeds(self) -> tuple[int, ...]:
         """Return the seeds that try every rate."""
@@ -158,8 +167,9 @@ class Table:
                 raise LoraInitError(f"table '{self.name}' has no {kind} '{name}', only {list(known)}")
         row = dict(self.rows[run.row])
         cells = row.pop("cells", {})
+        column = {key: value for key, value in self.columns[run.column].items() if key not in ("score", "times")}
         merged = self.recipe
-        for changes in (self.columns[run.column], row, cells.get(run.column, {})):
+        for changes in (column, row, cells.get(run.column, {})):
             merged = merge(merged, changes)
         merged = merge(merged, {"seed": run.seed})
         return merged if run.rate is None else merge(merged, {"train": {"learning_rate": run.rate}})
@@ -170,8 +180,8 @@ class Table:
         Raises:
             LoraInitError: a reference means a row or column that is not there.
         """
-        texts = [text for text in _texts(self.fields(run)) if text.startswith((TEACHER, DRIFT))]
-        return {text: self._referred(text, run) for text in texts}
+        found = [text for text in texts(self.fields(run)) if text.startswith((TEACHER, DRIFT))]
+        return {text: self._referred(text, run) for text in found}
 
     def _referred(self, text: str, run: Run) -> Run:
         kind, _, target = text.partition(":")
@@ -271,15 +281,7 @@ def build(table: Table, run: Run, found: Mapping[str, Any], data: str, output: s
     Raises:
         LoraInitError: fields that a recipe does not have, or wrong ones.
     """
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: filled(inner) for key, inner in value.items()}
-        if isinstance(value, str):
-            return found[value] if value in found else value.replace("{data}", data)
-        return value
-
-    fields = filled(table.fields(run)) | {"output": output}
+    fields = filled(table.fields(run), found, data) | {"output": output}
     where = f"table '{table.name}', row '{run.row}', column '{run.column}'"
     kinds = {"data": DataOptions, "calibration": Calibration, "ranks": RankRule}
     control = CONTROLS.get(fields.get("method", ""))
@@ -289,6 +291,15 @@ def build(table: Table, run: Run, found: Mapping[str, Any], data: str, output: s
         return Recipe(**{k: kinds[k](**v) if k in kinds else v for k, v in fields.items()})
     except (TypeError, ValueError) as error:
         raise LoraInitError(f"{where}: {error}") from error
+
+
+def filled(value: Any, found: Mapping[str, Any], data: str) -> Any:
+    """Return fields with what their references and ``{data}`` stand for."""
+    if isinstance(value, dict):
+        return {key: filled(inner, found, data) for key, inner in value.items()}
+    if isinstance(value, str):
+        return found[value] if value in found else value.replace("{data}", data)
+    return value
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,9 +342,10 @@ def _published(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]
     return printed
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts(value: Any) -> Iterator[str]:
+    """Yield every text in some fields, nested ones too."""
     if isinstance(value, Mapping):
         for inner in value.values():
-            yield from _texts(inner)
+            yield from texts(inner)
     elif isinstance(value, str):
         yield value

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
+import re
 import shutil
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ..errors import LoraInitError, NonFiniteError
+from ..lock import taken
 from ..training import train
 from .measured import Measured
-from .place import Place, has_diverged, read_result
+from .place import SCRATCH, Place, has_diverged
+from .record import read_checked, record
 from .table import DRIFT, TEACHER, Run, Table, build
 
 
 def work(table: Table, place: Place) -> None:
-    """Carry out every run that is missing, and what it needs, as long as there is one that nobody else does."""
+    """Carry out every run that is missing, and what it needs, as long as there is one that nobody else does.
+
+    Raises:
+        LoraInitError: anything wrong in a recipe, or a result that was made from another one than the table file's.
+    """
     measured = Measured(table, place)
     while True:
         pending = [run for run in measured.wanted() if run not in measured.results]
@@ -37,7 +39,7 @@ def _done(table: Table, run: Run, place: Place, text: str = "") -> bool:
 
     One that diverged never leaves more than its result, and doing it again would end alike.
     """
-    result = read_result(place.result(table, run))
+    result = read_checked(table, run, place)
     if result is None:
         return False
     return not text.startswith(TEACHER) or has_diverged(result) or (place.folder(table, run) / "adapter").is_dir()
@@ -95,7 +97,7 @@ def _found(table: Table, run: Run, place: Place) -> dict[str, Any]:
     """
     found = {}
     for text, need in table.needs(run).items():
-        stored = read_result(place.result(table, need)) or {}
+        stored = read_checked(table, need, place) or {}
         if has_diverged(stored):
             raise NonFiniteError(f"'{text}' diverged: {stored['message']}")
         if not text.startswith(DRIFT):
@@ -110,51 +112,34 @@ def _found(table: Table, run: Run, place: Place) -> dict[str, Any]:
 def _store(table: Table, run: Run, place: Place, result: dict[str, Any]) -> None:
     """Write a result at once: a reader sees the whole of it or nothing."""
     names = {"table": table.name, "row": run.row, "column": run.column}
-    folders = {str(place.scratch): "SCRATCH", place.data: "{data}"}
+    folders = {str(place.scratch): SCRATCH, place.data: "{data}"}
     target = place.result(table, run)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
-    partial.write_text(json.dumps(names | _portable(result, folders)) + "\n")
+    partial.write_text(json.dumps(names | _portable(result, folders) | record(table, run)) + "\n")
     partial.replace(target)
 
 
 def _portable(value: Any, folders: dict[str, str]) -> Any:
-    """Return a result with names instead of folders of this machine, in the texts that are paths into them."""
+    """Return a result with names instead of folders of this machine, in the texts that tell paths into them."""
     if isinstance(value, dict):
         return {key: _portable(inner, folders) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_portable(inner, folders) for inner in value]
     if isinstance(value, str) and value:
-        for folder, name in folders.items():
-            stem = folder.rstrip("/")
-            if folder and (value == stem or value.startswith(f"{stem}/")):
-                return name + value[len(stem) :]
+        for folder in sorted(folders, key=len, reverse=True):  # one may lie in the other
+            value = _masked(value, folder, folders[folder])
     return value
 
 
-@contextlib.contextmanager
-def taken(lock: Path) -> Iterator[bool]:
-    """Take a piece of work for this process by a lock file; yields False where another one has it.
+def _masked(text: str, folder: str, name: str) -> str:
+    """Return a text with a name instead of a folder, where it is a path into it or tells one.
 
-    The kernel keeps the lock, not the file's presence: it falls with the process, however that ends.
+    Inside a text, a folder of a single name cannot be told from a word, and is left.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(lock, os.O_CREAT | os.O_RDWR)
-    try:
-        mine = _locked(handle, lock)
-        try:
-            yield mine
-        finally:
-            if mine:
-                lock.unlink(missing_ok=True)  # before the lock falls, so that nobody's file but ours goes
-    finally:
-        os.close(handle)
-
-
-def _locked(handle: int, lock: Path) -> bool:
-    """Lock an open file; False where another has it, or has removed the file since it was opened."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(handle), lock.stat())
-    except (BlockingIOError, FileNotFoundError):
-        return False
+    stem = folder.rstrip("/")
+    if folder and (text == stem or text.startswith(f"{stem}/")):
+        text = name + text[len(stem) :]
+    if "/" not in stem:
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(stem)}(?![\w-]|\.[\w.])", lambda _: name, text)
