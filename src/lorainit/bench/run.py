@@ -60,8 +60,8 @@ def bench(
         tell: takes a line a trial.
 
     Raises:
-        LoraInitError: a path without root, a folder that is not there, no such cluster, no room for a trial, or another process is at work in the
-            folder.
+        LoraInitError: a path without root, a folder that is not there, no such cluster, no room for a trial, or another
+            process is at work in the folder.
     """
     begin = time.perf_counter()
     check_folders(suite, root)
