@@ -39,8 +39,8 @@ from typing import Any
 import numpy as np
 
 import lorainit
+from lorainit.lock import taken as lock_file
 from lorainit.tables.controls import CONTROLS
-from lorainit.tables.work import taken as lock_file
 from lorainit.tasks import DataOptions
 from lorainit.training import Calibration, Recipe, start, train
 

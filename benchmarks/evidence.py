@@ -1,7 +1,8 @@
 """The table that ``lorainit.initialize(model, "auto")`` reads, from results of benchmarks.
 
-    python benchmarks/evidence.py benchmarks/results/reference ...     # folders of `lorainit bench`
-    python benchmarks/evidence.py FOLDER --suite recipes/bench/reference.yaml
+    python benchmarks/evidence.py benchmarks/results/reference --suite recipes/bench/reference.yaml
+
+It takes any folders of `lorainit bench`; without ``--suite``, the suite that each ran last.
 
 The gain of a method on a task is the relative reduction of its evaluation loss beside vanilla's, each at its best rate,
 paired by seed; ranks of a task are averaged. Tasks count alike: an entry is the mean of their gains with Student's
@@ -29,7 +30,7 @@ import numpy as np
 from lorainit.bench import statistics
 from lorainit.bench.results import Results
 from lorainit.bench.suite import VANILLA, Suite, read
-from lorainit.bench.table import Table, tables
+from lorainit.bench.table import Row, Table, tables
 from lorainit.methods.auto import Auto
 
 TABLE = Path("src/lorainit/methods/evidence.json")
@@ -64,17 +65,28 @@ def from_bench(folder: Path, suite_file: Path | None = None) -> list[Task]:
 def _task(suite: Suite, table: Table) -> Task:
     plain = {entry.label: entry.name for entry in suite.entries() if not (entry.lora or entry.options)}
     rows = {row.label: row for row in table.rows}
-    vanilla, gains = rows[VANILLA], {}
-    for label, method in plain.items():
-        row = rows[label]
-        kinds = {False: (row.difference, row.broken), True: (row.compared.get("matched"), 0)}
-        for match_lr, (change, broken) in kinds.items():
-            if label != VANILLA and change is not None and change.count:
-                sound = not broken and math.isfinite(change.mean)
-                gains[method, match_lr] = -change.mean / vanilla.loss.mean if sound else math.nan
+    vanilla = rows[VANILLA]
+    gains = {
+        (method, match_lr): gain
+        for label, method in plain.items()
+        for match_lr, gain in _gains(rows[label], vanilla).items()
+        if label != VANILLA
+    }
     diagnosis: dict[str, Any] = vanilla.diagnosis or {}
     features = {name: diagnosis[name] for name in FEATURES if name in diagnosis}
     return Task(f"{table.cell.model.label}, {table.cell.task.name}", gains, features)
+
+
+def _gains(row: Row, vanilla: Row) -> dict[bool, float]:
+    """Return a method's gain tuned (False) and with match_lr (True): NaN where runs failed, none where some miss."""
+    gains = {}
+    for match_lr, change in ((False, row.difference), (True, row.compared.get("matched"))):
+        if change is not None and change.count:
+            sound = not vanilla.broken and math.isfinite(change.mean) and (match_lr or not row.broken)
+            gains[match_lr] = -change.mean / vanilla.loss.mean if sound else math.nan
+        elif not match_lr and row.errors and not row.missing:  # it trains at no rate
+            gains[match_lr] = math.nan
+    return gains
 
 
 def _averaged(ranks: list[Task]) -> Task:
@@ -144,6 +156,9 @@ if __name__ == "__main__":
     parser.add_argument("--suite", type=Path, help="the suite to take; default: the one that each folder ran last")
     options = parser.parse_args()
     known = [task for folder in options.folders for task in from_bench(folder, options.suite)]
+    twice = sorted({task.name for task in known if [other.name for other in known].count(task.name) > 1})
+    if twice:
+        parser.error(f"these tasks are in several folders, and would count twice: {'; '.join(twice)}")
     suite = [] if options.suite is None else ["--suite", str(options.suite)]
     table = {
         "made_by": " ".join(["python benchmarks/evidence.py", *map(str, options.folders), *suite]),

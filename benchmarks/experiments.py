@@ -19,6 +19,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from lorainit import LoraInitError
 from lorainit.tables.measured import Measured
 from lorainit.tables.page import page
 from lorainit.tables.place import Place
@@ -89,10 +90,14 @@ def document() -> str:
 
 def main(data: str | None, only: list[str], shortened: bool, listed: bool, paged: bool, redo: bool) -> None:
     """Run, or only tell."""
+    here = place(data or "{data}")
+    if redo and (data is None or listed or paged):
+        raise LoraInitError("--redo runs again what it removes: give --data, and neither --list nor --page")
+    for name in () if listed or redo else TABLES:  # results of other recipes show before hours of work, not after
+        Measured(read_table(RECIPES / f"{name}.yaml", "small"), here)
     for name in only:
         table = read_table(RECIPES / f"{name}.yaml", "small")
         table = mini(table) if shortened else table
-        here = place(data or "{data}")
         if data is not None and not (listed or paged):
             for file in discard_changed(table, here) if redo else ():
                 print(f"removed {file}, made from another recipe")

@@ -109,9 +109,10 @@ def vertex(group: Group) -> float | None:
     seeds = cell.suite.seeds if cell.search.schedule == "grid" else cell.suite.seeds[:1]
     left, middle, right = (search.mean_loss(cell.search, k, seeds, group.losses) for k in (best - 1, best, best + 1))
     shift = 0.0
-    if left is not None and middle is not None and right is not None and math.isfinite(left + right):
+    # the tuned rate is the best over the final seeds; by those that searched, a neighbour may be better: no vertex then
+    if left is not None and middle is not None and right is not None and middle <= min(left, right) < math.inf:
         bend = left - 2 * middle + right
-        shift = min(max(0.5 * (left - right) / bend, -0.5), 0.5) if bend > 0 else 0.0
+        shift = 0.5 * (left - right) / bend if 0 < bend < math.inf else 0.0
     return cell.search.unit * 2 ** (best + shift)
 
 
@@ -193,6 +194,8 @@ def excess_of_match(start: Start, kind: str) -> tuple[float, float, float] | Non
     differences = [matched[seed] - tuned[seed] for seed in tuned.keys() & matched.keys()]
     if len(differences) < 2:  # noqa: PLR2004
         return None
+    if not all(map(math.isfinite, differences)):
+        return math.inf, 0.0, math.inf
     mean = statistics.fmean(differences)
     return mean, deviation(differences), mean / statistics.fmean(tuned.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def evidence(monkeypatch):
 def test_the_committed_evidence_is_what_the_script_makes_of_the_committed_results(evidence, monkeypatch) -> None:
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)
-    made = evidence.entries(evidence.from_bench(root / "benchmarks/results/reference"))
+    suite = root / "recipes/bench/reference.yaml"
+    made = evidence.entries(evidence.from_bench(root / "benchmarks/results/reference", suite))
     assert [Evidence(**e) for e in made] == Auto().table()
 
 
@@ -61,6 +63,39 @@ def test_a_method_that_diverged_on_a_task_has_no_entry_with_it(evidence) -> None
     assert [entry["tasks"] for entry in evidence.entries(tasks[:3])] == [3]
     judged = evidence.left_out(tasks)
     assert judged[-1] == {"task": "3", "method": "loram", "match_lr": False, "gain": None}
+
+
+def row(mean: float | None, *, broken: int = 0, errors: int = 0, missing: int = 0, matched: float | None = None):
+    """What the script reads of a report's row."""
+
+    def change(value):
+        return statistics.estimate([] if value is None else [value])
+
+    return types.SimpleNamespace(
+        difference=change(mean),
+        loss=statistics.estimate([2.0]),
+        compared={} if matched is None else {"matched": change(matched)},
+        broken=broken,
+        errors=dict.fromkeys(range(errors)),
+        missing=missing,
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "vanilla", "gains"),
+    [
+        (row(-0.2, matched=-0.1), row(None), {False: 0.1, True: 0.05}),
+        (row(-0.2, broken=1), row(None), {False: math.nan}),
+        (row(-0.2), row(None, broken=1), {False: math.nan}),
+        (row(None, errors=3), row(None), {False: math.nan}),
+        (row(None, errors=3, missing=1), row(None), {}),
+        (row(None, missing=5), row(None), {}),
+        (row(-0.2, matched=math.inf), row(None), {False: 0.1, True: math.nan}),
+    ],
+    ids=["sound", "broken", "broken control", "trains nowhere", "unfinished", "not begun", "match_lr diverged"],
+)
+def test_what_failed_is_no_gain_and_what_is_missing_no_failure(evidence, found, vanilla, gains) -> None:
+    assert evidence._gains(found, vanilla) == pytest.approx(gains, nan_ok=True)
 
 
 def test_ranks_of_a_task_are_one_task(evidence) -> None:

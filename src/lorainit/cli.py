@@ -153,6 +153,8 @@ def table(
         for run in left:
             print(f"{run.name}: no recipe, only `lorainit table` carries out a control", file=sys.stderr)
         return
+    if not show:
+        chosen.check_data(data)  # before anything is removed or run
     if redo:
         for path in discard_changed(chosen, place):
             print(f"removed {path}, made from another recipe")

@@ -22,16 +22,18 @@ def taken(file: Path) -> Iterator[bool]:
         LoraInitError: the file system has no locks.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file, timeout=0)
+    lock, missing = FileLock(file, timeout=0), f"{file}: the file system has no locks; choose a folder on another one"
     try:
         lock.acquire()
         mine = True
     except Timeout:
         mine = False
+    except NotImplementedError as error:  # what older filelocks say
+        raise LoraInitError(missing) from error
     try:
-        # what filelock turns to where there are no locks; the file of a process that was killed would hold for ever
+        # what newer ones turn to; the file of a process that was killed would hold for ever
         if isinstance(lock, SoftFileLock):
-            raise LoraInitError(f"{file}: the file system has no locks; choose a folder on another one")
+            raise LoraInitError(missing)
         yield mine
     finally:
         lock.release()

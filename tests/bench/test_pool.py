@@ -112,6 +112,7 @@ def test_an_address_at_which_nothing_listens_is_named_at_once(closed, address) -
     [
         ("127.0.0.1", "", "no Ray cluster at '127.0.0.1': .*nvalid address"),
         ("auto", "127.0.0.1:{}", r"no Ray cluster at '127.0.0.1:{}' \(RAY_ADDRESS\): nothing answers"),
+        (f"{'a' * 64}:6379", "", "no Ray cluster at 'a+:6379': nothing answers at port 6379"),
         ("127.0.0.1:port", "", "'127.0.0.1:port' is no address of a Ray cluster, HOST:PORT or ray://HOST:PORT"),
     ],
 )

@@ -25,11 +25,9 @@ from .trial import cells, located, located_data
 
 # results lie in folders that are called after models, tasks and methods
 _LABEL = r"[^/\\.][^/\\]*"
-_TRAIN = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - {
-    "output_dir",
-    "seed",
-    "learning_rate",
-}
+# a suite has other places for these, or must not have them
+_NOT_TRAIN = {"output_dir", "seed", "learning_rate", "resume_from_checkpoint"}
+_TRAIN = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - _NOT_TRAIN
 _LORA = {field.name for field in dataclasses.fields(LoraConfig) if field.init} - {"task_type"}
 
 
@@ -127,7 +125,10 @@ def _check_lists(suite: Suite) -> None:
     for where, values in lists.items():
         wrong = [value for value in values if isinstance(value, str) and not re.fullmatch(_LABEL, value)]
         if wrong:
-            raise LoraInitError(f"{where}: label '{wrong[0]}' cannot be a folder's name; give it one without / and \\")
+            raise LoraInitError(
+                f"{where}: label '{wrong[0]}' cannot be a folder's name; give it one without / and \\ that begins with "
+                "no dot"
+            )
         twice = sorted({str(value) for value in values if values.count(value) > 1})
         if twice:
             advice = "; give entries a label of their own" if isinstance(values[0], str) else ""
@@ -183,6 +184,9 @@ def _check_fields(suite: Suite) -> None:
         _check_names(where, fields, _TRAIN, "transformers.TrainingArguments")
     given = {"lora": suite.lora}
     given |= {f"models: {model.label}: lora": model.lora for model in suite.models}
+    for where, fields in given.items():
+        if "r" in fields:
+            raise LoraInitError(f"{where}: a suite's ranks stand in `ranks`, not in r")
     given |= {f"methods: {entry.label}: lora": entry.lora for entry in suite.entries()}
     for where, fields in given.items():
         _check_names(where, fields, _LORA, "peft.LoraConfig")

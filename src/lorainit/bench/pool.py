@@ -109,7 +109,7 @@ def _knock(address: str) -> None:
     if port is not None:
         try:
             socket.create_connection((parts.hostname or "", port), timeout=_KNOCK).close()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a host that is no name
             raise LoraInitError(f"no Ray cluster at {told}: nothing answers at port {port}: {error}") from error
 
 

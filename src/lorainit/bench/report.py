@@ -108,14 +108,16 @@ def overview(suite: Suite, known: list[Table]) -> list[dict[str, Any]]:
     places = [(table.cell.model.label, table.cell.task.task, table.cell.task.name) for table in known]
     for label in (entry.label for entry in suite.entries()):
         rows = [next(row for row in table.rows if row.label == label) for table in known]
-        bases = [next(row for row in table.rows if row.label == VANILLA).loss.mean for table in known]
+        controls = [next(row for row in table.rows if row.label == VANILLA) for table in known]
+        bases = [math.nan if row.broken else row.loss.mean for row in controls]
+        tuned = [None if row.broken else row.difference for row in rows]
         compared = [[row.compared[kind] if kind in row.compared else None for row in rows] for kind in kinds]
         verdicts = [_verdict(row) for row in rows]
         starts = [row.start_seconds for row in rows if not math.isnan(row.start_seconds)]
         lines.append(
             {
                 "label": label,
-                "all": [_relative(found, bases, places) for found in ([row.difference for row in rows], *compared)],
+                "all": [_relative(found, bases, places) for found in (tuned, *compared)],
                 "cells": [_change(row) for row in rows],
                 "verdict": f"{verdicts.count('better')} / {verdicts.count('worse')}"
                 f" of {sum(not math.isnan(row.p_holm) for row in rows)}",
@@ -131,12 +133,15 @@ def compared_kinds(suite: Suite, known: list[Table]) -> list[Comparison]:
 
 
 def _relative(found: Sequence[Estimate | None], bases: list[float], places: list[Any]) -> str:
-    """Return the mean over models and tasks of changes relative to vanilla's loss; ranks are averaged first."""
-    shares: dict[Any, list[float]] = {place: [] for place in places}
+    """Return the mean over models and tasks of changes relative to vanilla's loss; ranks are averaged first.
+
+    A task with runs that failed, of the start or of vanilla, or that are missing, does not count.
+    """
+    shares: dict[Any, list[float]] = {}
     for place, each, base in zip(places, found, bases, strict=True):
-        if each and each.count and base and math.isfinite(each.mean):
-            shares[place].append(each.mean / base)
-    known = [float(np.mean(values)) for values in shares.values() if values]
+        share = each.mean / base if each and each.count and base else math.nan
+        shares.setdefault(place, []).append(share)
+    known = [float(np.mean(values)) for values in shares.values() if all(map(math.isfinite, values))]
     if not known:
         return "–"
     part = "" if len(known) == len(shares) else f" ({len(known)} of {len(shares)})"
@@ -206,8 +211,8 @@ def no_times(table: Table) -> str:
     if table.slowest <= COMPARABLE:
         return ""
     return (
-        f"No time to vanilla: for the same steps the slowest run took {table.slowest:.1f} times as long as the "
-        "fastest, which is the machine's doing."
+        f"No time to vanilla: of the runs with the same adapters and steps the slowest took {table.slowest:.1f} times "
+        "as long as the fastest; such times tell more of the machine than of the starts."
     )
 
 
@@ -222,9 +227,9 @@ HOW_TO_READ = (
     "those tried. p: paired t-test, Holm-adjusted over the methods of the table; better and worse: p < 0.05. Rows: Δ "
     "with the interval over test rows (bootstrap). At vanilla's rate, at the suggested one, with match_lr: Δ without a "
     "search of the start's own, over the seeds that there are; without an interval it is one. Over all tasks: each "
-    "counts alike, with Student's interval over tasks; (n of N) where some have no result. To vanilla: steps, and "
-    "seconds with the start's own, until the training loss is down at vanilla's final one, as a share of vanilla's "
-    "training. Early: mean training loss over the first quarter."
+    "counts alike, with Student's interval over tasks; (n of N) where runs of the others failed or are missing. "
+    "To vanilla: steps, and seconds with the start's own, until the training loss is down at vanilla's final one, as a "
+    "share of vanilla's training. Early: mean training loss over the first quarter."
 )
 
 

@@ -112,8 +112,9 @@ class Table:
         metric: name of the task's metric; None where the loss is the metric.
         rows: one a method, in the suite's order.
         provenance: of its runs at the tuned rates.
-        slowest: seconds of training of the slowest of these runs, as a multiple of the fastest's. All take the same
-            steps, so more than a little means a machine that did other work, or several machines.
+        slowest: seconds of training of the slowest of these runs, as a multiple of the fastest's; without those that
+            set options of LoRA, which may cost by themselves. The others take the same steps, so more than a little
+            means a machine that did other work, or several machines.
     """
 
     cell: Cell
@@ -160,7 +161,9 @@ def _table(pairs: list[tuple[Group, Group]], results: Results) -> Table:
     metric = cell.task.metric or _first_metric(runs)
     control = runs[VANILLA]
     known = [record for each in runs.values() for record in each.records.values()]
-    slowest = _slowest(known)
+    slowest = _slowest(
+        [record for each in runs.values() if not each.group.entry.lora for record in each.records.values()]
+    )
     rows = [
         _row(each, control, metric, vanilla, results) for each, (_, vanilla) in zip(runs.values(), pairs, strict=True)
     ]

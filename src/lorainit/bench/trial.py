@@ -188,7 +188,11 @@ def located(recipe: Recipe, root: str | None) -> Recipe:
 
 
 def located_data(data: DataOptions, root: str | None) -> DataOptions:
-    """Return the data options with ``root:FOLDER`` replaced."""
+    """Return the data options with ``root:FOLDER`` replaced.
+
+    Raises:
+        LoraInitError: there is such a path and no root.
+    """
     return dataclasses.replace(data, path=None if data.path is None else _located(data.path, root))
 
 

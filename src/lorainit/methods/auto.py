@@ -97,7 +97,7 @@ class Auto(Method):
         try:
             self.table()
             self.origin()
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise LoraInitError(f"evidence={self.evidence!r} is no table of evidence: {error}") from error
 
     def table(self) -> list[Evidence]:

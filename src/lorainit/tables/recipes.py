@@ -6,9 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from ..errors import LoraInitError
 from .controls import CONTROLS
-from .table import DRIFT, Run, Table, filled, texts
+from .table import DRIFT, Run, Table, filled
 
 
 def write_recipes(table: Table, folder: Path, data: str) -> tuple[list[Path], list[Run]]:
@@ -29,6 +28,7 @@ def write_recipes(table: Table, folder: Path, data: str) -> tuple[list[Path], li
     Raises:
         LoraInitError: a recipe names ``{data}`` and no folder is given for it.
     """
+    table.check_data(data)
     files: dict[Run, Path] = {}
     left = []
     for run in table.runs():
@@ -55,10 +55,6 @@ def _write(table: Table, run: Run, folder: Path, data: str, files: dict[Run, Pat
     for need in needs.values():
         _write(table, need, folder, data, files)
     fields = table.fields(run)
-    if data == "{data}" and any("{data}" in text for text in texts(fields)):
-        raise LoraInitError(
-            f"table '{table.name}', row '{run.row}', column '{run.column}': its recipe names {{data}}; pass --data"
-        )
     found = {text: str(folder / need.name / "adapter") for text, need in needs.items()}
     file = folder / f"{run.name}.yaml"
     lines = [

@@ -156,6 +156,22 @@ class Table:
             rates=tuple(self.rates if rates is None else rates),
         )
 
+    def check_data(self, data: str) -> None:
+        """Check that there is a folder for ``{data}`` if a run's recipe names it.
+
+        Args:
+            data: what ``{data}`` stands for; itself where no folder is given.
+
+        Raises:
+            LoraInitError: a recipe names it, and there is none.
+        """
+        for run in self.runs() if data == "{data}" else ():
+            if any("{data}" in text for text in texts(self.fields(run))):
+                raise LoraInitError(
+                    f"table '{self.name}', row '{run.row}', column '{run.column}': its recipe names {{data}}; pass "
+                    "--data"
+                )
+
     def fields(self, run: Run) -> dict[str, Any]:
         """Return the recipe of a run as a file would hold it, with the references still in it.
 

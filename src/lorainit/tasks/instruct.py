@@ -189,6 +189,8 @@ class InstructionTask(Task):
         needed = (column, reply) if self.unwanted else (column,)
         self._check(rows, where, needed)
         self._check_no_nulls(rows, where, column)
+        if not isinstance(rows[0][column] if len(rows) else "", str):
+            raise LoraInitError(f"task '{self.name}': column '{column}' of {where} holds no text to choose rows by")
         return rows.filter(
             lambda row: text in row[column] and not any(phrase in row[reply].lower() for phrase in self.unwanted)
         )
@@ -199,9 +201,9 @@ class InstructionTask(Task):
 
         train, end = self.train_rows or round(len(rows) * (1 - self.held_out)), len(rows)
         if not 0 < train < end:
-            wanted = (
-                "to hold some out for scoring" if self.train_rows is None else f"to train on {train} and score more"
-            )
+            wanted = "to hold some out for scoring"
+            if self.train_rows is not None:
+                wanted = f"to train on {train} and score more: set the task's train_rows and scored_rows"
             raise LoraInitError(f"task '{self.name}': {end} usable rows are too few {wanted}")
         if self.scored_rows is not None:
             end = min(end, train + self.scored_rows)

@@ -2,8 +2,8 @@
 
 The hub's copies are the CLIP benchmark's, which made the labels with VTAB's code, but left dSprites' as they are there:
 32 positions and 40 angles, which VTAB groups into 16 classes each and `raw_labels` does here. CIFAR-100 and SUN397 come
-from elsewhere; the CLIP benchmark's SUN397 has a test part alone. Its copy's three parts and two
-columns were looked up, as were dSprites' numbers of labels; none of the copies has been loaded here.
+from elsewhere; the CLIP benchmark's SUN397 has a test part alone. The other copy's three parts and two columns were
+looked up, as were dSprites' numbers of labels; none of the copies has been loaded here.
 
 The 800 and 200 images are drawn here (see `ImageTask`): they are not the published draw, which its authors give as file
 lists.
