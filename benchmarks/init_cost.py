@@ -50,7 +50,10 @@ def build(name: str) -> nn.Module:
     if name == "vit-b16":
         base, targets = ViTForImageClassification(ViTConfig(num_labels=100)), ["q_proj", "v_proj"]
     else:
-        config = T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128)
+        # the decoder's start token stands in T5's published configuration and not in Transformers' defaults
+        config = T5Config(
+            d_model=768, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128, decoder_start_token_id=0
+        )
         base, targets = T5ForConditionalGeneration(config), ["q", "k", "v", "o", "wi", "wo"]
     return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=targets))  # pyright: ignore
 
