@@ -41,6 +41,9 @@ How to read it: the published tables compare rows at learning rates that differ 
 table with several rates comes twice, every row at its own best rate, and every row at the rate that is best for vanilla
 LoRA. A gap is worth a look when it is larger than the deviations over seeds beside it, and when no control shows it
 too: continuing the teacher, plain feature distillation, as many more training steps, a random B of the same size.
+
+What the starts themselves cost on T5-base and ViT-B/16, the ABM-LoRA paper's table 6, stands in
+[`init_cost.md`](../benchmarks/results/init_cost.md).
 """
 
 
