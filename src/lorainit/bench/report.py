@@ -24,6 +24,7 @@ from .suite import VANILLA, Comparison, Suite, import_modules, read
 from .table import COMPARABLE, Row, Table, tables
 
 ALPHA = 0.05
+_COMMITS = 5  # that a page names
 _KINDS: dict[Comparison, str] = {
     "vanilla": "at vanilla's rate",
     "suggested": "at suggested rate",
@@ -149,7 +150,7 @@ def _relative(found: Sequence[Estimate | None], bases: list[float], places: list
 
 
 def provenance(records: list[dict[str, Any]]) -> str:
-    """Return in one sentence what the runs were made with; every version, machine and commit that occurs."""
+    """Return in one sentence what the runs were made with: every version and machine that occurs, the main commits."""
     if not records:
         return ""
     parts = []
@@ -166,7 +167,9 @@ def provenance(records: list[dict[str, Any]]) -> str:
     made = f"{', '.join(parts)}; {' or '.join(devices)}"
     if not commits:
         return f"{made}; no commit is known"
-    shares = ", ".join(f"{commit} ({count})" for commit, count in commits.most_common())
+    shares = ", ".join(f"{commit} ({count})" for commit, count in commits.most_common(_COMMITS))
+    others = len(commits) - _COMMITS
+    shares += f" and {others} others" if others > 0 else ""
     return f"{made}; runs by commit of lorainit: {shares}; {dirty} of {len(records)} with uncommitted changes"
 
 
