@@ -93,15 +93,15 @@ def document() -> str:
 
 def main(data: str | None, only: list[str], shortened: bool, listed: bool, paged: bool, redo: bool) -> None:
     """Run, or only tell."""
-    here = place(data or "{data}")
-    if redo and (data is None or listed or paged):
+    here, working = place(data or "{data}"), data is not None and not (listed or paged)
+    if redo and not working:
         raise LoraInitError("--redo runs again what it removes: give --data, and neither --list nor --page")
-    for name in () if listed or redo else TABLES:  # results of other recipes show before hours of work, not after
+    for name in TABLES if working and not redo else ():  # results of other recipes show before hours of work, not after
         Measured(read_table(RECIPES / f"{name}.yaml", "small"), here)
     for name in only:
         table = read_table(RECIPES / f"{name}.yaml", "small")
         table = mini(table) if shortened else table
-        if data is not None and not (listed or paged):
+        if working:
             for file in discard_changed(table, here) if redo else ():
                 print(f"removed {file}, made from another recipe")
             work(table, here)

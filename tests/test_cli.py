@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorainit import available, cli, get_method
+from lorainit import available
 from lorainit.cli import main
 from runs import save_sentences, save_tiny_bert
 
@@ -78,16 +78,6 @@ def test_a_short_training_takes_its_teacher_and_its_origin_by_name(files, tmp_pa
     assert (details["teacher"], len(details["loss_curve"])) == ("folder", 3)
     assert results["loaded"]["curves"]["loss"] == results["direct"]["curves"]["loss"]
     assert {row["base"] for row in results["other"]["init"]["layers"]} == {"offset"}
-
-
-def test_every_recipe_that_ships_is_one() -> None:
-    recipes = sorted(Path(__file__).parents[1].glob("recipes/**/*.yaml"))
-    others = ("bench", "tables", "evaluation")  # they have readers of their own
-    recipes = [recipe for recipe in recipes if recipe.parent.name not in others]
-    assert len(recipes) >= 4
-    for recipe in recipes:
-        _, options = cli._parse(["train", "--config", str(recipe)])
-        get_method(options["method"], **options["method_options"])
 
 
 def test_diagnose_prints_a_table_or_json_and_writes_a_page(files, tmp_path, capsys) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lorainit import cli
+from lorainit import cli, get_method
 from lorainit.errors import LoraInitError
 from lorainit.tables.recipes import write_recipes
 from lorainit.tables.table import Run, build, read_table
@@ -23,7 +23,8 @@ def test_every_recipe_that_ships_is_one() -> None:
     files = [file for file in RECIPES.rglob("*.yaml") if file.parent.name not in ("bench", "evaluation", "tables")]
     assert len(files) >= 5
     for file in files:
-        parsed(file)
+        recipe = parsed(file)
+        get_method(recipe.method, **recipe.method_options)
 
 
 def test_the_recipe_for_t5_and_cola_is_the_tables_cell() -> None:

@@ -28,7 +28,7 @@ _CONTROLS = {entry.label for entry in CONTROLS}
 
 def rate_panels(table: Table) -> list[tuple[str, str]]:
     """Return (label, SVG) of the loss at each learning rate, a panel a method, vanilla's curve in all."""
-    control = next(row for row in table.rows if row.label == VANILLA)
+    control = table.control
     values = [rate.loss.mean for row in table.rows for rate in row.rates if rate.loss.count]
     rates = [rate.rate for row in table.rows for rate in row.rates]
     if not values:

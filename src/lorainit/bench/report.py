@@ -94,7 +94,7 @@ def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
         titles=[table.title for table in known],
         papers=_papers(suite),
         layers=_layers,
-        provenance=provenance([each for table in known for each in table.provenance]),
+        provenance=provenance(known),
         missing=sum(row.missing for table in known for row in table.rows),
         errors=[(key, error) for table in known for row in table.rows for key, error in row.errors.items()],
         number=number,
@@ -109,8 +109,7 @@ def overview(suite: Suite, known: list[Table]) -> list[dict[str, Any]]:
     places = [(table.cell.model.label, table.cell.task.task, table.cell.task.name) for table in known]
     for label in (entry.label for entry in suite.entries()):
         rows = [next(row for row in table.rows if row.label == label) for table in known]
-        controls = [next(row for row in table.rows if row.label == VANILLA) for table in known]
-        bases = [math.nan if row.broken else row.loss.mean for row in controls]
+        bases = [math.nan if table.control.broken else table.control.loss.mean for table in known]
         tuned = [None if row.broken else row.difference for row in rows]
         compared = [[row.compared[kind] if kind in row.compared else None for row in rows] for kind in kinds]
         verdicts = [_verdict(row) for row in rows]
@@ -149,8 +148,9 @@ def _relative(found: Sequence[Estimate | None], bases: list[float], places: list
     return _percent(statistics.estimate(known)) + part
 
 
-def provenance(records: list[dict[str, Any]]) -> str:
+def provenance(known: list[Table]) -> str:
     """Return in one sentence what the runs were made with: every version and machine that occurs, the main commits."""
+    records = [record for table in known for record in table.provenance]
     if not records:
         return ""
     parts = []
@@ -187,7 +187,7 @@ def markdown(suite: Suite, known: list[Table]) -> str:
         lines += [_pipe(cells) for cells in _cells(table)]
         if no_times(table):
             lines += ["", no_times(table)]
-    lines += ["", "## Made with", "", provenance([each for table in known for each in table.provenance])]
+    lines += ["", "## Made with", "", provenance(known)]
     errors = [(key, error) for table in known for row in table.rows for key, error in row.errors.items()]
     if errors:
         lines += ["", "## Failed or diverged", "", *(f"- `{key}`: {error}" for key, error in errors)]
@@ -260,8 +260,7 @@ def _line(table: Table, row: Row) -> list[str]:
         line.append(_interval(row.rows, signed=True) if row.rows else "–")
     kinds = compared_kinds(table.cell.suite, [table])
     line += [_interval(row.compared[kind], signed=True) if kind in row.compared else "–" for kind in kinds]
-    level = next(each for each in table.rows if each.label == VANILLA).curve
-    never = row.steps_share is None and row.curve and level
+    never = row.steps_share is None and row.curve and table.control.curve
     line += ["never" if never else _share(share) for share in (row.steps_share, row.seconds_share)]
     line.append("–" if math.isnan(row.early) else f"{row.early:.3f}")
     if any(each.forgetting.count for each in table.rows):

@@ -124,6 +124,11 @@ class Table:
     slowest: float
 
     @property
+    def control(self) -> Row:
+        """Vanilla's row."""
+        return next(row for row in self.rows if row.label == VANILLA)
+
+    @property
     def title(self) -> str:
         """What it is called."""
         ranks = f", rank {self.cell.rank}" if len(self.cell.suite.ranks) > 1 else ""
