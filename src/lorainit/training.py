@@ -21,7 +21,7 @@ from . import baselines, checkpoint, provenance
 from .cost import measure
 from .errors import LoraInitError, NonFiniteError
 from .initialize import initialize
-from .methods import Method, get_method
+from .methods import Method, get_method, import_modules
 from .processes import Processes
 from .ranks import RankRule
 from .report import InitReport
@@ -80,6 +80,8 @@ class Recipe:
         task_options: fields of the task to change, e.g. ``{scoring: generation}``.
         method: how the adapter starts.
         method_options: the method's options, e.g. ``{exact: true}``.
+        imports: Python modules to import first: those that register methods (`lorainit.register`); the current folder
+            is searched too.
         base: what to do about BA ≠ 0, as in `lorainit.initialize`.
         ranks: how the layers get their ranks, as in `lorainit.initialize`.
         match_lr: re-scale the start so that vanilla LoRA's learning rate suits it, as in `lorainit.initialize`.
@@ -102,6 +104,7 @@ class Recipe:
     task_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     method: str = "kaiming"
     method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    imports: str | list[str] = dataclasses.field(default_factory=list)
     base: str = "auto"
     ranks: RankRule = dataclasses.field(default_factory=lambda: RankRule("fixed"))
     match_lr: bool | Literal["curvature"] = False
@@ -130,7 +133,7 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> dict[str
         NonFiniteError: the loss became NaN or infinite; the message says at which step.
     """
     task = get_task(recipe.task, **recipe.task_options)
-    method = get_method(recipe.method, **recipe.method_options)  # checked before anything is loaded
+    method = _method(recipe)  # checked before anything is loaded
     baselines.check(recipe.adapter, recipe.method, recipe.lora_plus, recipe.resume)
     output = Path(recipe.output)
     if recipe.resume and not (output.is_dir() and get_last_checkpoint(str(output))):
@@ -214,7 +217,7 @@ def start(recipe: Recipe) -> InitReport:
         LoraInitError: anything wrong in the recipe.
     """
     task = get_task(recipe.task, **recipe.task_options)
-    method = get_method(recipe.method, **recipe.method_options)
+    method = _method(recipe)
     if recipe.base == "subtract":
         raise LoraInitError("base='subtract' edits the base weights, which an adapter folder cannot hold")
     set_seed(recipe.seed)
@@ -236,7 +239,7 @@ def started(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Dataset
         LoraInitError: anything wrong in the recipe.
     """
     task = get_task(recipe.task, **recipe.task_options)
-    method = get_method(recipe.method, **recipe.method_options)
+    method = _method(recipe)
     set_seed(recipe.seed)
     model, tokenizer, fresh = load_base(recipe.model, task, recipe.dtype)
     rows = task.encode(task.load_data(recipe.data, recipe.seed)[0], tokenizer, recipe.data.max_length)
@@ -248,6 +251,11 @@ def started(recipe: Recipe) -> tuple[PeftModel, PreTrainedTokenizerBase, Dataset
     _start(model, method, recipe, seen, task.collator(tokenizer))
     own = recipe.calibration.split is None and recipe.calibration.file is None
     return model, tokenizer, rows, len(seen) if seen is not None and own else 0
+
+
+def _method(recipe: Recipe) -> Method:
+    import_modules(recipe.imports)
+    return get_method(recipe.method, **recipe.method_options)
 
 
 def _calibration(

@@ -16,11 +16,11 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from ..errors import LoraInitError
-from ..methods import get_method
+from ..methods import get_method, import_modules
 from ..tasks import Task, get_task
 from ..training import resolve_model
 from .search import Point
-from .suite import Search, Suite, TaskEntry, import_modules, read
+from .suite import Search, Suite, TaskEntry, read
 from .trial import cells, located, located_data
 
 # results lie in folders that are called after models, tasks and methods

@@ -20,7 +20,7 @@ from ..version import __version__
 from . import figures, statistics
 from .results import Results
 from .statistics import Estimate
-from .suite import VANILLA, Comparison, Suite, import_modules, read
+from .suite import VANILLA, Comparison, Suite, read
 from .table import COMPARABLE, Row, Table, tables
 
 ALPHA = 0.05
@@ -49,7 +49,7 @@ def write_report(results: str | Path, output: str | Path, suite_file: str | Path
         raise LoraInitError(f"{folder} holds no results of `lorainit bench`: there is no suite.json")
     suite = read(suite_file or folder / "suite.json")
     with contextlib.suppress(LoraInitError):  # only the papers of third parties' methods would be known by it
-        import_modules(suite.imports)
+        methods.import_modules(suite.imports)
     with contextlib.closing(Results(folder)) as found:
         known = tables(suite, found)
         counts = {}

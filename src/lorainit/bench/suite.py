@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,7 +187,7 @@ class Suite:
         calibration: which rows a data-driven start sees.
         diagnosis: what `diagnose` finds out about each start; null for nothing, and then no ``suggested`` rate.
         resources: of one trial.
-        imports: Python modules to import first, such as one that calls `lorainit.register`.
+        imports: Python modules to import first, as in a recipe.
     """
 
     name: str
@@ -203,7 +202,7 @@ class Suite:
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
     diagnosis: DiagnosisOptions | None = dataclasses.field(default_factory=DiagnosisOptions)
     resources: Resources = dataclasses.field(default_factory=Resources)
-    imports: list[str] = dataclasses.field(default_factory=list)
+    imports: str | list[str] = dataclasses.field(default_factory=list)
 
     def entries(self) -> list[MethodEntry]:
         """Return the rows of the table: the controls first, then the others in the file's order."""
@@ -235,16 +234,3 @@ def read(file: str | Path) -> Suite:
     except (ArgumentError, UnicodeDecodeError) as error:
         raise LoraInitError(f"suite {file}: {' '.join(str(error).split())}") from error
     return Suite(**vars(found))
-
-
-def import_modules(names: list[str]) -> None:
-    """Import the modules that register methods.
-
-    Raises:
-        LoraInitError: one cannot be imported.
-    """
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise LoraInitError(f"imports: module '{name}' cannot be imported: {error}") from error

@@ -55,7 +55,7 @@ class Cell:
     @functools.cached_property
     def name(self) -> str:
         """Readable, with a hash of the settings that all of its trials share: other settings are another cell."""
-        shared = dataclasses.asdict(self.recipe(MethodEntry("kaiming"), Point(1.0, 0)))
+        shared = _decisive(self.recipe(MethodEntry("kaiming"), Point(1.0, 0)))
         forgetting = dataclasses.asdict(self.task.forgetting) if self.task.forgetting else None
         return f"{self.model.label}_{self.task.name}_r{self.rank}_{_hash([shared, forgetting])}"
 
@@ -67,6 +67,7 @@ class Cell:
             task=self.task.task,
             method=entry.name,
             method_options=entry.options,
+            imports=suite.imports,
             base=entry.base,
             match_lr=point.matched,
             lora=LORA_DEFAULTS | rank | suite.lora | self.model.lora | {"r": self.rank} | entry.lora,
@@ -108,7 +109,6 @@ class Trial:
         recipe: what is carried out.
         forgetting: held-out text, if any.
         diagnosis: what to find out, for the diagnosis of a start.
-        imports: modules to import first.
     """
 
     cell: str
@@ -117,17 +117,15 @@ class Trial:
     recipe: Recipe
     forgetting: Forgetting | None = None
     diagnosis: DiagnosisOptions | None = None
-    imports: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """Readable name, relative to the folder of results, ending in a hash of all that decides the numbers."""
-        parts = [self.recipe, self.forgetting, self.diagnosis]
-        spec = [None if part is None else dataclasses.asdict(part) for part in parts]
+        others = [None if part is None else dataclasses.asdict(part) for part in (self.forgetting, self.diagnosis)]
         kind = "diagnosis" if self.point.diagnosis else f"lr{self.point.rate:.3g}"
         matched = {False: "", True: "_matched", "curvature": "_bounded"}[self.point.matched]
         more = matched + "_judged" * self.point.judged
-        return f"{self.cell}/{self.label}_{kind}{more}_s{self.point.seed}_{_hash(spec)}"
+        return f"{self.cell}/{self.label}_{kind}{more}_s{self.point.seed}_{_hash([_decisive(self.recipe), *others])}"
 
     def tags(self) -> dict[str, Any]:
         """Return what the record says about its place in the benchmark."""
@@ -168,7 +166,6 @@ def trial(cell: Cell, entry: MethodEntry, point: Point) -> Trial:
         diagnosis=dataclasses.replace(suite.diagnosis or DiagnosisOptions(), reference_lr=1.0)
         if point.diagnosis
         else None,
-        imports=tuple(suite.imports),
     )
 
 
@@ -224,6 +221,11 @@ def command(recipe: Recipe) -> str:
 
 def _spelled(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _decisive(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields that decide the numbers: not where a method's code lies, as little as what the code is."""
+    return {name: value for name, value in dataclasses.asdict(recipe).items() if name != "imports"}
 
 
 def _hash(value: Any) -> str:

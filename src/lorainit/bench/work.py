@@ -16,7 +16,7 @@ from .. import provenance
 from ..diagnostics.run import diagnose_recipe
 from ..errors import NonFiniteError
 from ..training import evaluate, train
-from .suite import Forgetting, import_modules
+from .suite import Forgetting
 from .trial import Trial, located, located_data
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ def carry_out(trial: Trial, root: str | None, judge: Judge | None = None) -> dic
     record = trial.record("done")
     try:
         with tempfile.TemporaryDirectory() as scratch, _silence():
-            import_modules(list(trial.imports))
             found = _diagnosed(trial, root, scratch) if trial.point.diagnosis else _trained(trial, root, scratch, judge)
         record |= found
     except NonFiniteError as error:

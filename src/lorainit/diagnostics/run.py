@@ -54,7 +54,11 @@ def diagnose_recipe(recipe: training.Recipe, options: DiagnosisOptions) -> tuple
     if used >= last:
         raise LoraInitError(f"the data have {len(rows)} rows, and the start takes {used} of them: none is left")
     chosen: Any = rows.select(range(used, last))
-    data = DataLoader(chosen, batch_size=options.batch_size, collate_fn=get_task(recipe.task).collator(tokenizer))
+    data = DataLoader(
+        chosen,
+        batch_size=options.batch_size,
+        collate_fn=get_task(recipe.task, **recipe.task_options).collator(tokenizer),
+    )
     found = diagnose(
         model,
         data,

@@ -25,7 +25,7 @@ from . import (
     random,
 )
 from .method import Factors, Method, MethodInfo
-from .registry import available, get_method, register
+from .registry import available, get_method, import_modules, register
 
 __all__ = [
     "Factors",
@@ -41,6 +41,7 @@ __all__ = [
     "gaussian",
     "get_method",
     "hrp",
+    "import_modules",
     "init_ab",
     "kaiming",
     "loftq",

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import LoraInitError
@@ -54,6 +58,24 @@ def register(cls: type[Method]) -> type[Method]:
     for name in names:
         _METHODS[name] = cls
     return cls
+
+
+def import_modules(names: str | Iterable[str]) -> None:
+    """Import modules that call `register`, from the current folder too.
+
+    Raises:
+        LoraInitError: one cannot be found, or fails.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    # a console script, unlike `python -m`, does not look there
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a module can fail in any way
+            said = f"{type(error).__name__}: {error}"
+            raise LoraInitError(f"imports: module '{name}' cannot be imported: {said}") from error
 
 
 def available() -> list[MethodInfo]:
