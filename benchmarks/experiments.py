@@ -1,7 +1,7 @@
 """Every published table on the small models and data that fit here; resumable, shareable.
 
     python benchmarks/experiments.py --data FOLDER              # all that is missing; start it twice for two workers
-    python benchmarks/experiments.py --data FOLDER --mini       # a seed, a column, 20 steps: does every row run?
+    python benchmarks/experiments.py --data FOLDER --mini       # a seed, a column, 20 steps into runs/: does every row run?
     python benchmarks/experiments.py --only vtab t5_glue ...    # some tables
     python benchmarks/experiments.py --data FOLDER --redo       # what another recipe has made is run again
     python benchmarks/experiments.py --list                     # what is done, what is missing, and its hours
@@ -47,8 +47,9 @@ What the starts themselves cost on T5-base and ViT-B/16, the ABM-LoRA paper's ta
 """
 
 
-def place(data: str) -> Place:
-    return Place(Path("benchmarks/results/tables"), Path("runs/tables"), data)
+def place(data: str, shortened: bool = False) -> Place:
+    results = Path("runs/tables/mini") if shortened else Path("benchmarks/results/tables")
+    return Place(results, Path("runs/tables"), data)
 
 
 def mini(table: Table) -> Table:
@@ -76,24 +77,13 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
 
 def document() -> str:
     """Return docs/experiments.md."""
-    lines = [HEAD]
-    for name in TABLES:
-        small = read_table(RECIPES / f"{name}.yaml", "small")
-        short = mini(small)
-        lines.append(page(small, place("{data}")))
-        if not Measured(small, place("{data}")).results and Measured(short, place("{data}")).results:
-            lines += [
-                f"So far there are only short runs, proving that rows work ({MINI_STEPS} steps, {MINI_ROWS} rows",
-                "scored, one seed): their scores mean nothing.",
-                "",
-                page(dataclasses.replace(short, title=f"{short.title}: short runs", notes=()), place("{data}")),
-            ]
-    return "\n".join(lines)
+    tables = [page(read_table(RECIPES / f"{name}.yaml", "small"), place("{data}")) for name in TABLES]
+    return "\n".join([HEAD, *tables])
 
 
 def main(data: str | None, only: list[str], shortened: bool, listed: bool, paged: bool, redo: bool) -> None:
     """Run, or only tell."""
-    here, working = place(data or "{data}"), data is not None and not (listed or paged)
+    here, working = place(data or "{data}", shortened), data is not None and not (listed or paged)
     if redo and not working:
         raise LoraInitError("--redo runs again what it removes: give --data, and neither --list nor --page")
     for name in TABLES if working and not redo else ():  # results of other recipes show before hours of work, not after
