@@ -37,6 +37,13 @@ def test_a_long_text_is_cut_and_the_question_stays(t5) -> None:
     assert t5[1].decode(row["input_ids"]).endswith("good result : </s>")
 
 
+@pytest.mark.parametrize("length", [2, 10])
+def test_a_limit_that_leaves_no_text_is_refused(t5, length) -> None:
+    with pytest.raises(LoraInitError, match=f"max_length={length} leaves no token for a text: .* has 10$"):
+        get_task("sst2-t5").encode(ROWS, t5[1], length)
+    assert "the result" in t5[1].decode(get_task("sst2-t5").encode(ROWS, t5[1], 11)[0]["input_ids"])
+
+
 def test_pairs_stand_on_lines_of_their_own() -> None:
     assert get_task("mnli-t5").prompt == ("classify the entailment of the text: {premise}\n{hypothesis}\nresult: ")
 

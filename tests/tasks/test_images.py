@@ -115,6 +115,15 @@ def test_a_source_without_draws_gives_always_the_same_800_and_200(tmp_path) -> N
         get_task("svhn").load_data(options, 0)
 
 
+def test_draws_from_files_of_other_types_are_joined(tmp_path) -> None:
+    options = save_parts(tmp_path)
+    whole = get_task("svhn").load_data(options, 0)[0]
+    other = colours(1000).select(range(800, 1000)).cast_column("label", Value("int32")).add_column("id", ["x"] * 200)
+    other.to_parquet(str(tmp_path / "validation.parquet"))
+    joined = get_task("svhn").load_data(options, 0)[0]
+    assert fingerprint(joined) == fingerprint(whole)
+
+
 def test_the_hubs_other_column_names_are_understood(tmp_path) -> None:
     train, _ = get_task("svhn").load_data(save_parts(tmp_path, names=("webp", "cls")), 0)
     assert train.column_names == ["image", "label"]

@@ -101,6 +101,28 @@ def test_the_first_rows_train_and_the_next_are_scored_after_refusals_are_left_ou
         get_task("wizardlm", train_rows=13, scored_rows=9).load_data(options, seed=0)
 
 
+def test_unwanted_phrases_count_in_whatever_case(tmp_path):
+    rows = [{"instruction": "do", "output": text} for text in ("y Y", "n", "N", "Yes")]
+    task = get_task("wizardlm", unwanted=("Y",), train_rows=1, scored_rows=1)
+    train, scored = task.load_data(save(tmp_path, rows), seed=0)
+    assert [*train["output"], *scored["output"]] == ["n", "N"]
+
+
+def test_rows_are_chosen_by_text_alone(tmp_path):
+    options = save(tmp_path, [{"kind": 3, "query": "q", "response": "r"}])
+    with pytest.raises(
+        LoraInitError, match=r"split 'train': row 0 holds 3 \(int64\) in column 'kind', which is no text"
+    ):
+        get_task("metamath", only=["kind", "GSM"]).load_data(options, seed=0)
+
+
+def test_every_column_of_a_prompt_holds_text(tmp_path):
+    task = dataclasses.replace(TASK, prompt="{hint} {q}:", held_out=0.5)
+    for hint, message in ((3, "row 0 holds 3 .* in column 'hint', which is no text"), (None, "row 0 holds nothing")):
+        with pytest.raises(LoraInitError, match=f"task 'toy': split 'train': {message}"):
+            task.load_data(save(tmp_path, [{"hint": hint, "q": "a", "a": "b"}] * 2), seed=0)
+
+
 def test_wizardlm_has_the_counts_of_earlier_work(tmp_path):
     task = get_task("wizardlm")
     assert (task.train_rows, task.scored_rows, task.overlong) == (52_000, 18_000, "drop")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from ..errors import LoraInitError
 from .task import LabelKind, Task
 
 if TYPE_CHECKING:
@@ -40,10 +42,17 @@ class GlueTask(Task):
         return AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=self.num_labels, **options)
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-        """Tokenize the sentence or sentence pair, truncated to ``max_length``."""
+        """Tokenize the sentence or sentence pair, truncated to ``max_length``.
+
+        Raises:
+            LoraInitError: a label that is no class of the task, or no finite score.
+        """
         texts = self.columns[:-1]
-        if "label" in rows.column_names and self.num_labels > 1:
-            self._check_labels(rows, self.num_labels)
+        if "label" in rows.column_names:
+            if self.num_labels == 1:
+                self._check_scores(rows)
+            else:
+                self._check_labels(rows, self.num_labels)
 
         def tokenize(batch: dict[str, list[Any]]) -> dict[str, Any]:
             first, second = batch[texts[0]], batch[texts[1]] if len(texts) > 1 else None
@@ -54,6 +63,11 @@ class GlueTask(Task):
             return dict(encoded) | {"labels": [float(y) for y in labels] if self.num_labels == 1 else labels}
 
         return rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc=f"{self.name}: tokenize")
+
+    def _check_scores(self, rows: Dataset) -> None:
+        for i, score in enumerate(rows["label"]):
+            if not math.isfinite(score):
+                raise LoraInitError(f"task '{self.name}': row {i} has the label {score}, which is no finite number")
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Pad each batch to its longest row."""

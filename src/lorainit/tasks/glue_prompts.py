@@ -66,18 +66,24 @@ class PromptedTask(Task):
         """Tokenize prompts and label words; a prompt too long loses the end of its texts.
 
         Raises:
-            LoraInitError: a label without a word.
+            LoraInitError: a label without a word, or no room for a text.
         """
         label = self.columns[-1]
         if label in rows.column_names:
             self._check_labels(rows, self.words)
         words = self._words(tokenizer)
+        head, _, tail = self.prompt.rpartition("\n")
+        end = tokenizer(tail).input_ids
+        around = len(tokenizer(f"{self.instruction}:", add_special_tokens=False).input_ids) + len(end)
+        if max_length <= around:
+            raise LoraInitError(
+                f"task '{self.name}': max_length={max_length} leaves no token for a text: the prompt around it has "
+                f"{around}"
+            )
 
         def tokenize(row: dict[str, Any]) -> dict[str, Any]:
-            head, _, tail = self.prompt.format(**row).rpartition("\n")
-            end = tokenizer(tail).input_ids
-            text = tokenizer(head, add_special_tokens=False).input_ids[: max(max_length - len(end), 0)]
-            ids = [*text, *end]
+            text = tokenizer(head.format(**row), add_special_tokens=False).input_ids
+            ids = [*text[: max_length - len(end)], *end]
             encoded = {"input_ids": ids, "attention_mask": [1] * len(ids)}
             return encoded | {"labels": words[row[label]]} if label in row else encoded
 

@@ -59,6 +59,11 @@ class ImageTask(Task):
         """What the label column holds: a class."""
         return "integer"
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """No column holds text."""
+        return ()
+
     def load_model(self, name_or_path: str, **options: Any) -> Any:
         """Load the model with a fresh head, in place of a head for other classes if it has one."""
         from transformers import AutoModelForImageClassification
@@ -80,8 +85,6 @@ class ImageTask(Task):
         Raises:
             LoraInitError: missing files, splits or columns, too few rows, or a column that holds no images.
         """
-        from datasets import concatenate_datasets
-
         splits = self._splits(options.path)
         parts = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
         for name, rows in parts.items():
@@ -92,7 +95,7 @@ class ImageTask(Task):
         else:
             if "test" not in parts:
                 raise LoraInitError(f"task '{self.name}': the data have no split 'test'; protocol='tune' needs none")
-            train, evaluation = concatenate_datasets([parts["train"], parts["validation"]]), parts["test"]
+            train, evaluation = self._joined(parts["train"], parts["validation"]), parts["test"]
         if options.train_samples is not None:
             train = train.shuffle(seed=seed).select(range(min(options.train_samples, len(train))))
         if options.eval_samples is not None:
@@ -159,6 +162,16 @@ class ImageTask(Task):
                 parts = parts | {split: self._draw(parts[split], split, count).select(range(count))}
         return parts
 
+    def _joined(self, train: Dataset, validation: Dataset) -> Dataset:
+        """Return the rows of both parts; of parts in different columns or types, what the task needs alone."""
+        from datasets import Image, concatenate_datasets
+
+        parts = [train, validation]
+        if train.features != validation.features:
+            bare = [part.select_columns(["image", "label"]) for part in parts]
+            parts = [part.cast_column("image", Image()).cast_column("label", _integer()) for part in bare]
+        return concatenate_datasets(parts)
+
     def _draw(self, rows: Dataset, split: str, count: int) -> Dataset:
         """Return the rows in the order of the draw, if there are enough of them."""
         if len(rows) < count:
@@ -167,9 +180,9 @@ class ImageTask(Task):
             )
         return rows.shuffle(seed=SPLIT_SEED)
 
-    def _load(self, source: tuple[str | None, ...], files: dict[str, str] | None) -> DatasetDict:
+    def _load(self, files: dict[str, str] | None) -> DatasetDict:
         """Return the splits with their columns called image and label, and the hub's labels grouped into classes."""
-        splits = super()._load(source, files)
+        splits = super()._load(files)
         for split, rows in splits.items():
             for wanted, names in zip(("image", "label"), (IMAGE_NAMES, LABEL_NAMES), strict=True):
                 found = [name for name in names if name in rows.column_names]

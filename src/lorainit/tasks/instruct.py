@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import string
 import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -73,6 +74,13 @@ class InstructionTask(Task):
             )
         if self.only is not None and len(self.only) != 2:
             raise ValueError(f"only={self.only!r} is not a column and a text")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns that hold text, the reply aside: those that a prompt is made of, needed or not."""
+        named = string.Formatter().parse(self.prompt + (self.prompt_with_input or ""))
+        found = [*self.columns[:-1], *(column for _, column, _, _ in named if column)]
+        return tuple(dict.fromkeys([*found, "input"] if self.prompt_with_input is not None else found))
 
     def load_model(self, name_or_path: str, **options: Any) -> Any:
         """Load the causal language model."""
@@ -183,17 +191,21 @@ class InstructionTask(Task):
 
     def _wanted(self, rows: Dataset, where: str) -> Dataset:
         """Return the rows that `only` and `unwanted` leave."""
-        if self.only is None and not self.unwanted:
-            return rows
-        reply, (column, text) = self.columns[-1], self.only or (self.columns[0], "")
-        needed = (column, reply) if self.unwanted else (column,)
-        self._check(rows, where, needed)
+        if self.only is not None:
+            column, text = self.only
+            self._check_text(rows, where, column)
+            rows = rows.filter(lambda row: text in row[column])
+        if self.unwanted:
+            reply, phrases = self.columns[-1], [phrase.lower() for phrase in self.unwanted]
+            self._check_text(rows, where, reply)
+            rows = rows.filter(lambda row: not any(phrase in row[reply].lower() for phrase in phrases))
+        return rows
+
+    def _check_text(self, rows: Dataset, where: str, column: str) -> None:
+        """Raise unless every row holds text in a column."""
+        self._check_there(rows, where, (column,))
         self._check_no_nulls(rows, where, column)
-        if not isinstance(rows[0][column] if len(rows) else "", str):
-            raise LoraInitError(f"task '{self.name}': column '{column}' of {where} holds no text to choose rows by")
-        return rows.filter(
-            lambda row: text in row[column] and not any(phrase in row[reply].lower() for phrase in self.unwanted)
-        )
+        self._check_type(rows, where, column, "text")
 
     def _parted(self, rows: Dataset) -> DatasetDict:
         """Return the rows to train on and those to score as two splits."""

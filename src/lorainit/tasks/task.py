@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -38,6 +39,17 @@ class DataOptions:
     max_length: int = 128
     packing: bool = False
 
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            LoraInitError: a number below 1.
+        """
+        for name in ("train_samples", "eval_samples", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise LoraInitError(f"data: {name} must be ≥ 1, got {value}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Task(abc.ABC):
@@ -64,6 +76,11 @@ class Task(abc.ABC):
     def label_kind(self) -> LabelKind:
         """What the column with the label (or the reply) holds."""
         return "text"
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns that hold text, the one with the label (or the reply) aside."""
+        return self.columns[:-1]
 
     @abc.abstractmethod
     def load_model(self, name_or_path: str, **options: Any) -> Any:
@@ -103,7 +120,7 @@ class Task(abc.ABC):
         """Return the raw training and evaluation rows, from the hub or from local parquet by the same code.
 
         Raises:
-            LoraInitError: missing files, splits, columns or values, a label of the wrong type, or an empty split.
+            LoraInitError: missing files, splits, columns or values, values of the wrong type, or an empty split.
         """
         splits = self._read(options.path, (self.train_split, self.eval_split))
         for split in (self.train_split, self.eval_split):
@@ -121,11 +138,11 @@ class Task(abc.ABC):
         """Return the raw rows of a split by name, or of a parquet file; they may lack the label column.
 
         Raises:
-            LoraInitError: no such split or file, missing columns or values, a label of the wrong type, or no rows.
+            LoraInitError: no such split or file, missing columns or values, values of the wrong type, or no rows.
         """
         where = f"file {file}" if file is not None else f"split '{split}'"
         if file is not None:
-            rows = self._load(("parquet",), {"rows": self._existing(Path(file))})["rows"]
+            rows = self._load({"rows": self._existing(Path(file))})["rows"]
         else:
             splits = self._read(options.path, (str(split),))
             if split not in splits:
@@ -135,16 +152,20 @@ class Task(abc.ABC):
         return rows
 
     def _check(self, rows: Dataset, where: str, columns: tuple[str, ...]) -> None:
+        self._check_there(rows, where, columns)
+        if len(rows) == 0:
+            raise LoraInitError(f"task '{self.name}': {where} is empty")
+        for column in dict.fromkeys((*self.columns, *self.texts)):
+            if column in rows.column_names and column not in self.nullable:
+                self._check_no_nulls(rows, where, column)
+        for column in dict.fromkeys((*self.texts, self.columns[-1])):
+            if column in rows.column_names:
+                self._check_type(rows, where, column, self.label_kind if column == self.columns[-1] else "text")
+
+    def _check_there(self, rows: Dataset, where: str, columns: tuple[str, ...]) -> None:
         missing = [c for c in columns if c not in rows.column_names]
         if missing:
             raise LoraInitError(f"task '{self.name}': {where} lacks the columns {missing}; it has {rows.column_names}")
-        if len(rows) == 0:
-            raise LoraInitError(f"task '{self.name}': {where} is empty")
-        for column in self.columns:
-            if column in rows.column_names and column not in self.nullable:
-                self._check_no_nulls(rows, where, column)
-        if self.columns[-1] in rows.column_names:
-            self._check_label_type(rows, where)
 
     def _check_no_nulls(self, rows: Dataset, where: str, column: str) -> None:
         """Raise at the first row that holds nothing in a column: in a prompt it would silently become ``None``."""
@@ -157,21 +178,24 @@ class Task(abc.ABC):
         if row >= 0:
             raise LoraInitError(f"task '{self.name}': {where}: row {row} holds nothing (null) in column '{column}'")
 
-    def _check_label_type(self, rows: Dataset, where: str) -> None:
-        """Raise where the column with the label (or the reply) is of another type than the task's."""
+    def _check_type(self, rows: Dataset, where: str, column: str, wanted: LabelKind) -> None:
+        """Raise at the first value of a column that is of another type than wanted; one without values passes."""
         from pyarrow import types
 
-        column, kind = self.columns[-1], rows.data.column(self.columns[-1]).type
-        wanted = {
-            "text": types.is_string(kind) or types.is_large_string(kind),
+        kind = rows.data.column(column).type
+        fits = {
+            "text": str(kind) in ("string", "large_string", "string_view"),
             "integer": types.is_integer(kind),
             "number": types.is_integer(kind) or types.is_floating(kind),
         }
-        if not wanted[self.label_kind]:
-            raise LoraInitError(
-                f"task '{self.name}': {where}: row 0 holds {rows[0][column]!r} ({kind}) in column '{column}', which is "
-                f"no {self.label_kind}"
-            )
+        if fits[wanted]:
+            return
+        for i, value in enumerate(rows[column]):
+            if value is not None:
+                raise LoraInitError(
+                    f"task '{self.name}': {where}: row {i} holds {value!r} ({kind}) in column '{column}', which is "
+                    f"no {wanted}"
+                )
 
     def _check_labels(self, rows: Dataset, names: Sequence[str] | int) -> None:
         """Raise at the first label that is no index into some names, or below a number of classes."""
@@ -184,23 +208,48 @@ class Task(abc.ABC):
     def _read(self, path: str | None, splits: tuple[str, ...]) -> DatasetDict:
         """Return the splits: from ``path/SPLIT.parquet``, or all that the hub has."""
         if path is None:
-            return self._load(self.hub, None)
-        return self._load(("parquet",), {s: self._existing(Path(path) / f"{s}.parquet") for s in splits})
+            return self._load(None)
+        return self._load({s: self._existing(Path(path) / f"{s}.parquet") for s in splits})
 
     def _existing(self, file: Path) -> str:
         if not file.is_file():
             raise LoraInitError(f"task '{self.name}': there is no file {file}")
         return str(file)
 
-    def _load(self, source: tuple[str | None, ...], files: dict[str, str] | None) -> DatasetDict:
-        from datasets import load_dataset
+    def _load(self, files: dict[str, str] | None) -> DatasetDict:
+        """Return each parquet file as a split, or all splits that the hub has."""
+        from datasets import DatasetDict, load_dataset
+
+        if files is None:
+            with self._reading(f"the hub's {self.hub[0]}"):
+                return load_dataset(*self.hub)  # pyright: ignore[reportReturnType]
+        splits = DatasetDict()
+        for split, file in files.items():
+            with self._reading(file):
+                splits[split] = _parquet(split, file)
+        return splits
+
+    @contextlib.contextmanager
+    def _reading(self, where: str) -> Iterator[None]:
+        """Say from where no rows can be read, and why."""
         from datasets.exceptions import DatasetsError
 
         try:
-            return load_dataset(*source, data_files=files)  # pyright: ignore[reportReturnType, reportArgumentType]
+            yield
         except (DatasetsError, ValueError, OSError) as error:
-            where = f"the hub's {self.hub[0]}" if files is None else ", ".join(files.values())
-            raise LoraInitError(f"task '{self.name}': no rows can be read from {where}: {error}") from error
+            # of some errors only the cause tells what is wrong
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
+            raise LoraInitError(f"task '{self.name}': no rows can be read from {where}: {error}{cause}") from error
+
+
+def _parquet(split: str, file: str) -> Any:
+    """Return a split's rows; files that are loaded together would all need the columns of the first."""
+    import pyarrow.parquet as pq
+    from datasets import Dataset, load_dataset
+
+    if pq.read_metadata(file).num_rows == 0:  # which `load_dataset` does not take
+        return Dataset(pq.read_table(file))  # pyright: ignore[reportArgumentType]
+    return load_dataset("parquet", data_files={split: file}, split=split)
 
 
 def fingerprint(rows: Dataset) -> str:
