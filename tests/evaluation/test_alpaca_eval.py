@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
+from datasets import Dataset
 
 from benchmarks import save_adapter, save_annotator, save_tiny_llama
 from loopback import completion, no_key, serving  # noqa: F401 - a fixture
@@ -151,6 +153,26 @@ def test_a_model_with_an_adapter_writes_the_outputs(data, tmp_path, capsys):
     assert again["metrics"] == json.loads((output / "result.json").read_text())["metrics"]
 
 
+@pytest.mark.parametrize(
+    ("file", "column", "value"),
+    [
+        ("alpaca_eval_gpt4_baseline.json", "output", None),
+        ("alpaca_eval_gpt4_baseline.json", "output", 5),
+        ("alpaca_eval_gpt4_baseline.json", "instruction", None),
+        ("answers.json", "instruction", ["do 2"]),
+        ("answers.json", "output", None),
+    ],
+)
+def test_a_cell_that_is_no_text_is_an_error_before_anything_is_asked(data, tmp_path, file, column, value):
+    rows = json.loads((data / file).read_text())
+    rows[2][column] = value
+    (data / file).write_text(json.dumps(rows))
+    with serving(choose) as server, pytest.raises(LoraInitError) as error:
+        run(options(data, server, tmp_path))
+    assert f"{file}, row 3, column '{column}': not text: {value!r}" in str(error.value)
+    assert server.bodies == []
+
+
 def test_draws_cost_nothing(data, tmp_path):
     """A model that says what the reference says is not judged at all."""
     result = run(
@@ -176,14 +198,44 @@ def test_draws_cost_nothing(data, tmp_path):
         (LengthControl(None), "df_gamed.csv", None, "name a file for gamed or for difficulty"),
         (LengthControl(None, "d.csv"), "d.csv", "index,x\n0,1\n", r"lacks the columns \['instruction_difficulty'\]"),
         (LengthControl(None, "d.csv"), "d.csv", "index,instruction_difficulty\n0,1\n", "no difficulty for 19 of 20"),
-        (LengthControl(None, "d.csv"), "d.csv", "index,instruction_difficulty\n0,hard\n", "could not convert"),
+        (
+            LengthControl(None, "d.csv"),
+            "d.csv",
+            "index,instruction_difficulty\n0,hard\n",
+            "d.csv, row 1, .*_difficulty': .*'hard'",
+        ),
         (LengthControl(), "df_gamed.csv", "index,instruction_difficulty\n0,1\n", "lacks the columns"),
         (
             LengthControl(),
             "df_gamed.csv",
             "index,preference,std_delta_len,instruction_difficulty\n0,1.7,0,1\n",
-            r"preferences outside \[0, 1\]",
+            r"df_gamed.csv, row 1: the preference 1.7 is outside \[0, 1\]; set",
         ),
+        (
+            LengthControl(),
+            "df_gamed.csv",
+            "index,preference,std_delta_len,instruction_difficulty\n0,1,1,1\n0,1,,1\n",
+            "df_gamed.csv, row 2, column 'std_delta_len': not a finite number: ''",
+        ),
+        (
+            LengthControl(),
+            "df_gamed.csv",
+            "index,preference,std_delta_len,instruction_difficulty\n0,1,1,nan\n",
+            "df_gamed.csv, row 1, column 'instruction_difficulty': not a finite number: 'nan'",
+        ),
+        (
+            LengthControl(None, "d.jsonl"),
+            "d.jsonl",
+            '{"index": 0, "instruction_difficulty": null}',
+            "d.jsonl, row 1, column 'instruction_difficulty': not a finite number: None",
+        ),
+        (
+            LengthControl(None, "d.jsonl"),
+            "d.jsonl",
+            '{"index": 1' + "0" * 400 + ', "instruction_difficulty": 1}',
+            "d.jsonl, row 1, column 'index': not a finite number: 100",
+        ),
+        (LengthControl(None, "d.csv"), "d.csv", "index,instruction_difficulty\ninf,1\n", "row 1, column 'index'"),
     ],
 )
 def test_length_control_without_its_data(data, control, file, content, message):
@@ -192,6 +244,27 @@ def test_length_control_without_its_data(data, control, file, content, message):
         (data / file).write_text(content)
     with pytest.raises(LoraInitError, match=message):
         load_control(str(data), control, COUNT)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "json"])
+def test_gamed_verdicts_are_the_same_in_every_format(data, kind):
+    """A zero is a verdict, a length and a difficulty; only an empty cell is none."""
+    columns = {
+        "index": [0, 1, 2],
+        "preference": [0.0, 1.0, None],
+        "std_delta_len": [0.0, -1.0, 1.0],
+        "instruction_difficulty": [0.0, 1.0, 2.0],
+    }
+    rows = Dataset.from_dict(columns)
+    if kind == "json":
+        (data / "mine.json").write_text(json.dumps(rows.to_list()))
+    else:
+        getattr(rows, f"to_{kind}")(str(data / f"mine.{kind}"))
+    difficulty, gamed = load_control(str(data), LengthControl(f"mine.{kind}"), 3)
+    assert difficulty == columns["instruction_difficulty"]
+    np.testing.assert_array_equal(gamed.preference, [0, 1, np.nan])
+    np.testing.assert_array_equal(gamed.length, columns["std_delta_len"])
+    np.testing.assert_array_equal(gamed.difficulty, columns["instruction_difficulty"])
 
 
 def test_the_difficulties_come_from_the_first_row_of_an_instruction(data):
@@ -250,9 +323,9 @@ def test_the_leaderboard_comes_out(shared, name, rate, discrete, controlled):
     A fit of one's own without the gamed verdicts, which are only on the hub, gives 25.08 and 25.52 instead.
     """
     source = str(shared / "data/instruct/alpaca_eval")
-    reference = read_rows(source, "reference_gpt4_1106_preview.parquet", ("instruction", "output"))
-    outputs = read_rows(source, f"model_outputs/{name}.parquet", ("output",))
-    rows = read_rows(source, f"annotations/{name}.parquet", ("preference",))
+    reference = read_rows(source, "reference_gpt4_1106_preview.parquet", {"instruction": str, "output": str})
+    outputs = read_rows(source, f"model_outputs/{name}.parquet", {"output": str})
+    rows = read_rows(source, f"annotations/{name}.parquet", {"preference": object})
     pairs = [
         Pair(i, r["instruction"], r["output"], o["output"])
         for i, (r, o) in enumerate(zip(reference, outputs, strict=True))
@@ -262,7 +335,7 @@ def test_the_leaderboard_comes_out(shared, name, rate, discrete, controlled):
     found = scores(pairs, verdicts, control)
     assert found["win rate"].value == pytest.approx(rate, abs=1e-9)
     assert found["discrete win rate"].value == pytest.approx(discrete, abs=1e-9)
-    weights = next(r for r in read_rows(source, "length_controlled_v1_weights.csv", ()) if r[""] == name)
+    weights = next(r for r in read_rows(source, "length_controlled_v1_weights.csv", {}) if r[""] == name)
     published = Weights(*(float(value) for key, value in weights.items() if key))
     assert 100 * win_probability(published, control[0]).mean() == pytest.approx(controlled, abs=0.1)
     alone = {"gpt4_0613_concise": 25.07783963026488, "FuseChat-Llama-3.2-1B-Instruct": 25.521014158499987}[name]
@@ -278,10 +351,10 @@ def test_too_few_verdicts_have_no_length_controlled_rate():
 def test_a_judge_with_the_published_opinions_gives_the_published_win_rate(shared, tmp_path):
     """The whole way, 805 pairs over HTTP: the server answers with the published annotations' probabilities."""
     source, name = shared / "data/instruct/alpaca_eval", "gpt4_0613_concise"
-    reference = read_rows(str(source), "reference_gpt4_1106_preview.parquet", ("instruction", "output"))
-    outputs = read_rows(str(source), f"model_outputs/{name}.parquet", ("output",))
+    reference = read_rows(str(source), "reference_gpt4_1106_preview.parquet", {"instruction": str, "output": str})
+    outputs = read_rows(str(source), f"model_outputs/{name}.parquet", {"output": str})
     opinions = {}  # by the text of the prompt: the probability of the output that stands first
-    for r, o, a in zip(reference, outputs, read_rows(str(source), f"annotations/{name}.parquet", ()), strict=True):
+    for r, o, a in zip(reference, outputs, read_rows(str(source), f"annotations/{name}.parquet", {}), strict=True):
         for first, second, p in ((r, o, 2 - a["preference"]), (o, r, a["preference"] - 1)):
             opinions["|".join((r["instruction"], first["output"], second["output"]))] = p
 

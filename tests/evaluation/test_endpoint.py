@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
+import threading
 import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 
 from loopback import CLOSE, completion, no_key, serving, status  # noqa: F401 - a fixture
 from lorainit.errors import EndpointError, LoraInitError
-from lorainit.evaluation.endpoint import Endpoint, Judge, Reply
+from lorainit.evaluation.endpoint import Endpoint, Judge, NoReply, Reply
 
 pytestmark = pytest.mark.usefixtures("no_key")
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -43,6 +46,7 @@ def alternatives(*pairs):
     ("logprobs", "expected"),
     [
         pytest.param(alternatives(("m", -0.5), ("M", -2)), (("m", -0.5), ("M", -2.0)), id="good"),
+        pytest.param(alternatives(("m", -0.5), ("M", -(10**400))), (), id="too large for a float"),
         pytest.param(None, (), id="none"),
         pytest.param({"content": []}, (), id="empty"),
         pytest.param({"content": "m"}, (), id="text"),
@@ -132,6 +136,46 @@ def test_a_slow_reply_is_given_up_and_asked_for_again():
     assert len(server.bodies) == 2
 
 
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
+
+
+@pytest.mark.parametrize(("at_once", "bit"), [(HEAD, b"X-More: 1\r\n"), (HEAD + b"\r\n", b" ")], ids=["head", "body"])
+def test_a_reply_that_never_ends_is_given_up_in_time(at_once, bit):
+    """Each bit comes well before any timeout, and the last one never."""
+
+    def drip():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):  # the client hangs up
+            connection.sendall(at_once)
+            for _ in range(100):
+                connection.sendall(bit)
+                time.sleep(0.1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=drip)
+        server.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        endpoint = Endpoint(Judge("judge", base_url=address, retries=0, timeout=0.5))
+        start = time.monotonic()
+        with pytest.raises(NoReply, match=r"gives no reply in 1 attempts: no whole reply within 0\.5 seconds"):
+            endpoint.ask(MESSAGES, {})
+        endpoint.close()
+        assert time.monotonic() - start < 4
+        server.join()
+    assert "judge" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_closing_ends_what_is_under_way():
+    with serving(lambda *_: time.sleep(2)) as server, ThreadPoolExecutor(1) as pool:
+        endpoint = Endpoint(Judge("judge", base_url=server.url))
+        asked = pool.submit(endpoint.ask, MESSAGES, {})
+        while not server.bodies:
+            time.sleep(0.01)
+        endpoint.close()
+        with pytest.raises(CancelledError):
+            asked.result(1)
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
@@ -154,8 +198,9 @@ def test_nobody_listens():
     with socket.socket() as held:  # bound and not listening: connections are refused
         held.bind(("127.0.0.1", 0))
         endpoint = Endpoint(Judge("judge", base_url=f"http://127.0.0.1:{held.getsockname()[1]}/v1", retries=0))
-        with pytest.raises(EndpointError, match="gives no reply in 1 attempts: .*refused"):
+        with pytest.raises(EndpointError, match="gives no reply in 1 attempts: All connection attempts failed"):
             endpoint.ask(MESSAGES, {})
+        endpoint.close()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +230,40 @@ def test_a_bad_reply_is_a_reply_with_a_problem(reply, problem):
     assert re.search(problem, found.problem)
 
 
-@pytest.mark.parametrize("usage", [{"prompt_tokens": "many"}, {"prompt_tokens": -5, "completion_tokens": None}, [], 3])
+def without_text(**message):
+    return completion("", message={"role": "assistant", "content": None} | message)
+
+
+@pytest.mark.parametrize(
+    ("reply", "problem", "refused"),
+    [
+        pytest.param(without_text(refusal="I cannot."), "the judge refuses: I cannot.", True, id="refusal"),
+        pytest.param(without_text(refusal="No.", content=""), "the judge refuses: No.", True, id="beside empty text"),
+        pytest.param(without_text(refusal=""), "the reply has no text: stop", False, id="empty refusal"),
+        pytest.param(without_text(refusal=7), "the reply has no text: stop", False, id="a number for a refusal"),
+        pytest.param(without_text(), "the reply has no text: stop", False, id="nothing"),
+        pytest.param(completion("") | {"choices": []}, "no chat completion came back: .*", False, id="no choice"),
+    ],
+)
+def test_a_reply_without_text_has_been_paid_for_and_a_refusal_is_an_answer(reply, problem, refused):
+    with serving(script(reply)) as server:
+        found = ask(server, retries=0)
+    assert (found.text, found.refused, found.answered) == (None, refused, refused)
+    assert (found.prompt_tokens, found.completion_tokens, found.model) == (100, 10, "judge")
+    assert re.fullmatch(problem, found.problem)
+
+
+def test_a_refusal_beside_a_text_is_no_refusal():
+    with serving(script(without_text(content="[[7]]", refusal="I had rather not."))) as server:
+        assert ask(server) == Reply("[[7]]", (), 100, 10, model="judge")
+
+
+HUGE = {"prompt_tokens": 10**400, "completion_tokens": 10**400}
+
+
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": "many"}, {"prompt_tokens": -5, "completion_tokens": None}, HUGE, [], 3]
+)
 def test_lies_about_the_tokens_count_as_none(usage):
     with serving(script(completion("fine", usage=usage))) as server:
         found = ask(server)

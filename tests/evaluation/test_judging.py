@@ -60,24 +60,58 @@ def test_a_second_run_asks_nothing_and_tells_the_same(tmp_path):
 
 
 def test_what_cannot_be_read_is_kept_and_what_was_not_answered_is_asked_again(tmp_path):
-    """A reply of the wrong form is final; a refusal is not."""
-    replies = {"q1": completion("hm"), "q2": status(400, "too long"), "q3": {"choices": []}}
+    """A reply of the wrong form is final, and so is the judge's refusal; the server's is not."""
+    declined = completion("", message={"role": "assistant", "content": None, "refusal": "I cannot."})
+    replies = {"q1": completion("hm"), "q5": declined, "q2": status(400, "too long"), "q3": {"choices": []}}
 
     def answer(body, _):
         return replies.get(body["messages"][-1]["content"]) or echo(body, _)
 
     with serving(answer) as server:
-        verdicts, usage = judge_all(requests(5), judge(server), Records(tmp_path / "v.jsonl"), number)
+        verdicts, usage = judge_all(requests(6), judge(server), Records(tmp_path / "v.jsonl"), number)
         assert [(v.value, v.answered) for v in verdicts] == [
-            (0.0, True), (None, True), (None, False), (None, False), (4.0, True)
+            (0.0, True), (None, True), (None, False), (None, False), (4.0, True), (None, True)
         ]  # fmt: skip
         assert verdicts[1].problem == "no number"
         assert "too long" in verdicts[2].problem
-        assert usage.requests == 3
+        assert verdicts[5].problem == "the judge refuses: I cannot."
+        assert usage.requests == 4
         replies.clear()
-        verdicts, _ = judge_all(requests(5), judge(server), Records(tmp_path / "v.jsonl"), number)
-    assert [v.value for v in verdicts] == [0.0, None, 2.0, 3.0, 4.0]
-    assert sorted(server.prompts[5:]) == ["q2", "q3"]
+        verdicts, _ = judge_all(requests(6), judge(server), Records(tmp_path / "v.jsonl"), number)
+    assert [v.value for v in verdicts] == [0.0, None, 2.0, 3.0, 4.0, None]
+    assert sorted(server.prompts[6:]) == ["q2", "q3"]
+
+
+@pytest.mark.parametrize(
+    ("message", "asked_again"),
+    [
+        pytest.param({"content": None, "refusal": "I cannot."}, 0, id="refusals"),
+        pytest.param({"content": None}, 3, id="nothing"),
+    ],
+)
+def test_the_cost_is_that_of_all_replies_with_and_without_text(tmp_path, message, asked_again):
+    """Half of them hold none; what is asked again has been paid for twice."""
+
+    def answer(body, order):
+        text = body["messages"][-1]["content"].removeprefix("q")
+        empty = order < 6 and int(text) % 2
+        return completion("", message={"role": "assistant", **message}) if empty else completion(text)
+
+    with serving(answer) as server:
+        options = judge(server, input_price=2.0, output_price=10.0)
+        for replies in (6, 6 + asked_again):
+            _, usage = judge_all(requests(6), options, Records(tmp_path / "v.jsonl"), number)
+            assert len(server.bodies) == usage.requests == replies
+            assert (usage.prompt_tokens, usage.completion_tokens, usage.uncounted) == (100 * replies, 10 * replies, 0)
+            assert usage.cost == pytest.approx(replies * (100 * 2 + 10 * 10) / 1e6)
+
+
+def test_a_judge_that_only_refuses_is_not_down(tmp_path):
+    declined = completion("", message={"role": "assistant", "content": None, "refusal": "I cannot."})
+    with serving(lambda *_: declined) as server:
+        verdicts, usage = judge_all(requests(8), judge(server), Records(tmp_path / "v.jsonl"), number)
+    assert [(v.value, v.answered) for v in verdicts] == [(None, True)] * 8
+    assert usage.requests == 8
 
 
 def test_an_endpoint_that_goes_down_leaves_what_it_said(tmp_path):

@@ -21,13 +21,13 @@ def published(shared):
     """Return difficulty, and (preference, standardized length difference, lengths) of two models of the leaderboard."""
     source = str(shared / "data/instruct/alpaca_eval")
     difficulty = [
-        float(r["instruction_difficulty"]) for r in read_rows(source, "instruction_difficulty_estimated.csv", ())
+        float(r["instruction_difficulty"]) for r in read_rows(source, "instruction_difficulty_estimated.csv", {})
     ]
-    reference = read_rows(source, "reference_gpt4_1106_preview.parquet", ())
+    reference = read_rows(source, "reference_gpt4_1106_preview.parquet", {})
     models = {}
     for name in (CONCISE, FUSED):
-        annotations = read_rows(source, f"annotations/{name}.parquet", ("preference",))
-        outputs = read_rows(source, f"model_outputs/{name}.parquet", ("output",))
+        annotations = read_rows(source, f"annotations/{name}.parquet", {"preference": object})
+        outputs = read_rows(source, f"model_outputs/{name}.parquet", {"output": str})
         assert [r["instruction"] for r in annotations] == [r["instruction"] for r in reference]
         assert [r["instruction"] for r in outputs] == [r["instruction"] for r in reference]
         lengths = [[len(row["output"]) for row in rows] for rows in (reference, outputs)]

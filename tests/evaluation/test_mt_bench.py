@@ -183,6 +183,27 @@ def test_one_turn_and_few_questions(data, answers, tmp_path):
         ("question.jsonl", [{"question_id": 1, "category": "stem", "turns": "ab"}], "question 1 has no two turns"),
         ("question.jsonl", [{"question_id": 1, "category": "math", "turns": ["a", "b"]}], "has no reference answer"),
         ("reference_answer/gpt-4.jsonl", [{"question_id": 111, "choices": []}], "question 111 .* no reference answer"),
+        ("question.jsonl", [{"question_id": 1, "category": None, "turns": []}], "row 1, column 'category': not text"),
+        (
+            "question.jsonl",
+            [{"question_id": [1], "category": "stem", "turns": []}],
+            r"question.jsonl, row 1, column 'question_id': not a whole number: \[1\]",
+        ),
+        (
+            "reference_answer/gpt-4.jsonl",
+            [{"question_id": [1], "choices": []}],
+            "gpt-4.jsonl, row 1, column 'question_id': not a whole number",
+        ),
+        (
+            "judge_prompts.jsonl",
+            [{"name": k, "system_prompt": "", "prompt_template": None} for k in PROMPTS],
+            "judge_prompts.jsonl, row 1, column 'prompt_template': not text: None",
+        ),
+        (
+            "judge_prompts.jsonl",
+            [{"name": k, "system_prompt": 5, "prompt_template": v} for k, v in PROMPTS.items()],
+            "judge_prompts.jsonl, row 1, column 'system_prompt': not text: 5",
+        ),
         ("judge_prompts.jsonl", [{"name": "x", "system_prompt": "", "prompt_template": ""}], "lacks .*'single-v1'"),
         (
             "judge_prompts.jsonl",
@@ -205,6 +226,7 @@ def test_data_that_is_not_mt_bench(data, answers, tmp_path, file, rows, message)
         ([{"question_id": 81, "choices": []}], "no answer of 2 turns to question 81"),
         ([{"question_id": 5, "choices": [{"turns": ["a", "b"]}]}], "no answer of 2 turns to question 81"),
         ([{"id": 5}], "lacks the columns"),
+        ([{"question_id": [81], "choices": []}], "a.jsonl, row 1, column 'question_id': not a whole number"),
     ],
 )
 def test_answers_that_are_none(data, tmp_path, rows, message):

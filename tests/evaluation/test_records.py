@@ -21,6 +21,7 @@ def test_what_is_written_is_there_for_the_next_run_and_the_last_line_counts(tmp_
     records.append(line("a", text="later"))
     assert records["a"]["text"] == "later"
     again = Records(path)
+    assert [len(kept.history("a")) for kept in (records, again)] == [2, 2]
     assert "b" in again
     assert "c" not in again
     assert again["a"]["text"] == "later"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ from .templates import find_template, render
 if TYPE_CHECKING:
     from .length_control import Gamed
 
+
+_COLUMNS = {"instruction": str, "output": str}
 
 # the published verdicts on gamed outputs, and the reference that they are about
 _GAMED, _REFERENCE = "df_gamed.csv", "alpaca_eval_gpt4_baseline"
@@ -124,7 +127,7 @@ def run(options: AlpacaEval) -> dict[str, Any]:
     output = Path(options.output)
     Endpoint(options.judge).close()  # a missing key shows now, not after hours of writing
     annotator = load_annotator(options.annotator, options.annotators)
-    rows = read_rows(options.data, options.reference, ("instruction", "output"))[: options.instructions]
+    rows = read_rows(options.data, options.reference, _COLUMNS)[: options.instructions]
     control = load_control(options.data, options.length_control, len(rows)) if options.length_control else None
     written = None
     if options.answers is not None:
@@ -145,13 +148,11 @@ def load_outputs(file: str, instructions: Sequence[str]) -> list[str]:
     """Return a model's outputs in the instructions' order.
 
     Raises:
-        LoraInitError: an instruction without output.
+        LoraInitError: an instruction without output, or one that is no text.
     """
     path = Path(file)
-    found = {
-        row["instruction"]: row["output"] for row in read_rows(str(path.parent), path.name, ("instruction", "output"))
-    }
-    missing = [text for text in instructions if not isinstance(found.get(text), str)]
+    found = {row["instruction"]: row["output"] for row in read_rows(str(path.parent), path.name, _COLUMNS)}
+    missing = [text for text in instructions if text not in found]
     if missing:
         raise LoraInitError(
             f"{path}: {len(missing)} of {len(instructions)} instructions have no output: '{missing[0][:60]}'"
@@ -242,34 +243,72 @@ def load_control(data: str, options: LengthControl, count: int) -> tuple[list[fl
     """Return the difficulties of the first ``count`` instructions, and the verdicts on gamed outputs.
 
     Raises:
-        LoraInitError: a file is missing or lacks a column or an instruction, or a cell is no number.
+        LoraInitError: a file is missing or lacks a column or an instruction, or a cell is no number or a
+            preference outside [0, 1].
     """
-    import numpy as np
-
-    from .length_control import Gamed
-
     if options.gamed is None and options.difficulty is None:
         raise LoraInitError("length_control: the difficulties are needed: name a file for gamed or for difficulty")
-    gamed, columns = None, ("index", "instruction_difficulty")
     source = options.difficulty or options.gamed or ""
     try:
-        if options.gamed is not None:
-            own = ("preference", "std_delta_len", "instruction_difficulty")
-            rows = read_rows(data, options.gamed, own)
-            gamed = Gamed(*(np.array([float(row[column] or "nan") for row in rows]) for column in own))
-            if np.nanmin(gamed.preference) < 0 or np.nanmax(gamed.preference) > 1:
-                raise LoraInitError(f"length_control: {options.gamed} has preferences outside [0, 1]")
-        rows = read_rows(data, source, columns)
-        found = {int(float(row["index"])): float(row["instruction_difficulty"]) for row in reversed(rows)}
-    except (TypeError, ValueError) as error:
-        if isinstance(error, LoraInitError):
-            hint = "; set length_control.gamed and length_control.difficulty, or length_control to null"
-            raise LoraInitError(f"{error}{hint}") from error
-        raise LoraInitError(f"length_control: {source}: {error}") from error
+        gamed = _gamed(data, options.gamed) if options.gamed is not None else None
+        found = _difficulties(data, source)
+    except LoraInitError as error:
+        hint = "; set length_control.gamed and length_control.difficulty, or length_control to null"
+        raise LoraInitError(f"{error}{hint}") from error
     missing = [index for index in range(count) if index not in found]
     if missing:
         raise LoraInitError(f"length_control: {source} has no difficulty for {len(missing)} of {count} instructions")
     return [found[index] for index in range(count)], gamed
+
+
+def _gamed(data: str, file: str) -> Gamed:
+    import numpy as np
+
+    from .length_control import Gamed
+
+    columns = ("std_delta_len", "instruction_difficulty")
+    rows = read_rows(data, file, dict.fromkeys(("preference", *columns), object))
+    cells = [
+        (_preference(row, where), *(_number(row, column, where) for column in columns))
+        for where, row in _numbered(file, rows)
+    ]
+    return Gamed(*np.array(cells).T)
+
+
+def _difficulties(data: str, file: str) -> dict[int, float]:
+    """Return {instruction: its difficulty}; of several rows about an instruction, the first counts."""
+    columns = ("index", "instruction_difficulty")
+    found: dict[int, float] = {}
+    for where, row in _numbered(file, read_rows(data, file, dict.fromkeys(columns, object))):
+        index, difficulty = (_number(row, column, where) for column in columns)
+        found.setdefault(int(index), difficulty)
+    return found
+
+
+def _numbered(file: str, rows: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Return each row with the name that an error gives it."""
+    return [(f"length_control: {file}, row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _number(row: dict[str, Any], column: str, where: str) -> float:
+    """Return a cell as a number, whether the file holds text (CSV) or numbers (Parquet)."""
+    try:
+        found = float(row[column])
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise LoraInitError(f"{where}, column '{column}': not a finite number: {repr(row[column])[:60]}")
+    return found
+
+
+def _preference(row: dict[str, Any], where: str) -> float:
+    """Return a gamed verdict; NaN, which the fit leaves out, where there is none."""
+    if str(row["preference"]).lower() in ("none", "", "nan"):
+        return math.nan
+    found = _number(row, "preference", where)
+    if not 0 <= found <= 1:
+        raise LoraInitError(f"{where}: the preference {found:g} is outside [0, 1]")
+    return found
 
 
 def _turned(verdict: Verdict, swapped: bool) -> Verdict:

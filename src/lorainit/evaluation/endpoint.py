@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import os
+import sys
 import threading
 import time
 from typing import Any
@@ -25,7 +28,7 @@ class Judge:
         requests_per_minute: most requests sent in a minute, repeated ones counted; default: no limit.
         concurrency: requests under way at a time.
         retries: how often a request is repeated when the endpoint is busy, fails or is out of reach.
-        timeout: seconds to wait for a reply.
+        timeout: seconds from sending a request to having its whole reply; each repetition has as many.
         input_price: price of a million prompt tokens, to tell the cost.
         output_price: price of a million reply tokens.
     """
@@ -69,6 +72,7 @@ class Reply:
         completion_tokens: the same.
         problem: why there is no reply.
         model: what the endpoint says replied, which may be another model than was asked for, or a dated version of it.
+        refused: whether the judge itself declines: a reply too, though without text.
     """
 
     text: str | None
@@ -77,6 +81,12 @@ class Reply:
     completion_tokens: int | None = None
     problem: str | None = None
     model: str | None = None
+    refused: bool = False
+
+    @property
+    def answered(self) -> bool:
+        """Whether the judge has replied; what it did not reply to may be asked again."""
+        return self.text is not None or self.refused
 
 
 class NoReply(EndpointError):
@@ -84,7 +94,10 @@ class NoReply(EndpointError):
 
 
 class Endpoint:
-    """A connection to a judge, for many threads.
+    """A connection to a judge, for many threads; `close` it.
+
+    Requests are sent from an event loop in a thread of its own, where a deadline can end one wherever it stands: a
+    socket's timeout starts anew with every byte.
 
     Raises:
         LoraInitError: the ``openai`` package is missing, or there is no key where one is needed.
@@ -100,26 +113,30 @@ class Endpoint:
         self._key = os.environ.get(judge.key_variable)
         if not self._key and urlsplit(self.address).hostname == "api.openai.com":
             raise LoraInitError(f"judge: the environment variable {judge.key_variable} holds no key")
-        self._lock = threading.Lock()
-        self._stopped = threading.Event()
+        self._stopped = asyncio.Event()
         self._next = 0.0
         self._openai = openai
-        self._client = openai.OpenAI(
+        self._client = openai.AsyncOpenAI(
             base_url=self.address,
             api_key=self._key or "none",
             max_retries=judge.retries,
-            timeout=judge.timeout,
-            # a hook, because the client's own repetitions are requests too
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._wait]}),
+            timeout=None,  # not each step's: see `_http`
+            http_client=self._http(),
         )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """Send nothing more; requests under way still come back."""
-        self._stopped.set()
+        self._loop.call_soon_threadsafe(self._stopped.set)
 
     def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
+        """Close the connections; requests still under way fail."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def ask(self, messages: list[dict[str, str]], parameters: dict[str, Any]) -> Reply:
         """Send one request and return the reply, checked.
@@ -132,8 +149,11 @@ class Endpoint:
             EndpointError: nothing can be expected from this endpoint: it refuses the key or the model.
         """
         openai = self._openai
+        request: Any = {"model": self.judge.model, "messages": messages, **parameters}
         try:
-            found = self._client.chat.completions.create(model=self.judge.model, messages=messages, **parameters)  # pyright: ignore
+            found = asyncio.run_coroutine_threadsafe(
+                self._client.chat.completions.create(**request), self._loop
+            ).result()
         except openai.APIStatusError as error:
             if error.status_code in _THIS_REQUEST:
                 return Reply(None, problem=self._line(f"refused with status {error.status_code}: {error.message}"))
@@ -150,34 +170,61 @@ class Endpoint:
             return Reply(None, problem=self._line(f"no chat completion came back: {error}"))
         return self._checked(found, parameters)
 
-    def _wait(self, _request: Any) -> None:
+    def _http(self) -> Any:
+        """Return an HTTP client whose requests wait for their turn, and then have one deadline for everything."""
+        endpoint, seconds = self, self.judge.timeout
+        default: Any = self._openai.DefaultAsyncHttpxClient
+        # an error that the openai client knows and repeats the request after; its library is httpx, or httpx2
+        late = sys.modules[default.__base__.__module__].ReadTimeout
+
+        # here and not in a call's options, because the openai client's own repetitions are requests too
+        class Client(default):
+            async def send(self, request: Any, **options: Any) -> Any:
+                await endpoint._wait()
+                try:
+                    return await asyncio.wait_for(super().send(request, **options), seconds)
+                except asyncio.TimeoutError as error:
+                    raise late(f"no whole reply within {seconds:g} seconds", request=request) from error
+
+        return Client()
+
+    async def _wait(self) -> None:
         """Let requests start evenly spaced."""
-        if self._stopped.is_set():
-            raise _Stopped
-        if self.judge.requests_per_minute is None:
-            return
-        with self._lock:
+        if self.judge.requests_per_minute is not None:
             start = max(self._next, time.monotonic())
             self._next = start + 60 / self.judge.requests_per_minute
-        if self._stopped.wait(max(0.0, start - time.monotonic())):
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), start - time.monotonic())
+        if self._stopped.is_set():
             raise _Stopped
+
+    async def _end(self) -> None:
+        """Cancel what is under way: a thread would wait for it for ever once the loop stands still."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._client.close()
 
     def _checked(self, found: Any, parameters: dict[str, Any]) -> Reply:
         """Return the parts of a chat completion that count, if they are there and of the right kind."""
+        model = getattr(found, "model", None)
+        # what holds no text has been paid for too
+        empty = Reply(None, (), *_tokens(found), model=self._line(model) if isinstance(model, str) else None)
         choices = getattr(found, "choices", None)
         if not isinstance(choices, list) or not choices:
-            return Reply(None, problem=self._line(f"no chat completion came back: {str(found)[:100]!r}"))
+            return dataclasses.replace(empty, problem=self._line(f"no chat completion came back: {str(found)[:100]!r}"))
         message = getattr(choices[0], "message", None)
-        text = getattr(message, "content", None)
+        text, refusal = getattr(message, "content", None), getattr(message, "refusal", None)
         if "tools" in parameters or "functions" in parameters:
             text = _arguments(message) or text
+        if not text and isinstance(refusal, str) and refusal:
+            return dataclasses.replace(empty, refused=True, problem=self._line(f"the judge refuses: {refusal}"))
         if not isinstance(text, str):
-            reason = getattr(message, "refusal", None) or getattr(choices[0], "finish_reason", None)
-            return Reply(None, problem=self._line(f"the reply has no text: {reason}"))
+            reason = getattr(choices[0], "finish_reason", None)
+            return dataclasses.replace(empty, problem=self._line(f"the reply has no text: {reason}"))
         alternatives = _alternatives(choices[0]) if parameters.get("logprobs") else ()
-        model = getattr(found, "model", None)
-        model = self._line(model) if isinstance(model, str) else None
-        return Reply(self._hide(text), alternatives, *_tokens(found), model=model)
+        return dataclasses.replace(empty, text=self._hide(text), choices=alternatives)
 
     def _hide(self, text: str) -> str:
         """Return a text without the key: a server may echo it."""
@@ -200,11 +247,11 @@ class _Stopped(BaseException):
 def _tokens(found: Any) -> tuple[int | None, int | None]:
     """Return the prompt's and the reply's numbers of tokens; None where the endpoint gives none, or something else."""
     usage = getattr(found, "usage", None)
-    prompt, completion = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
-    return (
-        prompt if isinstance(prompt, int) and prompt >= 0 else None,
-        completion if isinstance(completion, int) and completion >= 0 else None,
-    )
+    return _count(getattr(usage, "prompt_tokens", None)), _count(getattr(usage, "completion_tokens", None))
+
+
+def _count(x: Any) -> int | None:
+    return x if isinstance(x, int) and 0 <= x < 2**53 else None  # no more than a float, the cost, can hold
 
 
 def _arguments(message: Any) -> str | None:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import LoraInitError
 
+_KINDS = {str: "text", int: "a whole number"}
 
-def read_rows(source: str, file: str, columns: Iterable[str]) -> list[dict[str, Any]]:
+
+def read_rows(source: str, file: str, columns: Mapping[str, type]) -> list[dict[str, Any]]:
     """Return the rows of a file.
 
     Args:
         source: local folder, or name of a data set repository on the hub.
         file: name of the file there: JSON lines, JSON, Parquet or CSV.
-        columns: what each row must have.
+        columns: what each row must have, and of which type: `str`, `int`, or `object` for any.
 
     Raises:
-        LoraInitError: no such file, no rows in it, or a row that lacks a column.
+        LoraInitError: no such file, no rows in it, or a row that lacks a column or holds something else there.
     """
     path = find(source, file)
     try:
@@ -32,7 +34,12 @@ def read_rows(source: str, file: str, columns: Iterable[str]) -> list[dict[str, 
     for number, row in enumerate(rows, 1):
         missing = [column for column in columns if column not in row]
         if missing:
-            raise LoraInitError(f"{path}, row {number}: lacks the columns {missing}; it has {sorted(row)}")
+            raise LoraInitError(f"{path}, row {number}: lacks the columns {missing}; it has {list(row)}")
+        for column, kind in columns.items():
+            if not isinstance(row[column], kind):
+                raise LoraInitError(
+                    f"{path}, row {number}, column '{column}': not {_KINDS[kind]}: {repr(row[column])[:60]}"
+                )
     return rows
 
 

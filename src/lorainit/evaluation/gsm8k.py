@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from .records import Records
 from .result import finish
 from .templates import find_template, render
 
-_NUMBER = r"-?\$?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_MARKED = re.compile(rf"####\s*({_NUMBER})")
+# a minus behind a word or a number is a hyphen: 3-5
+_NUMBER = r"(?:(?<!\w)-\$?|\$-?)?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_MARKED = re.compile(rf"####[\s*]*({_NUMBER})")  # also where it is bold in Markdown
 _ANY = re.compile(_NUMBER)
 
 
@@ -105,11 +106,8 @@ def last_number(text: str) -> Decimal | None:
     return _value(found[-1]) if found else None
 
 
-def _value(text: str) -> Decimal | None:
-    try:
-        return Decimal(text.replace(",", "").replace("$", ""))
-    except InvalidOperation:
-        return None
+def _value(text: str) -> Decimal:
+    return Decimal(text.replace(",", "").replace("$", ""))
 
 
 def _tokens(task: InstructionTask, question: str, writer: Writer, generation: Generation) -> list[int]:

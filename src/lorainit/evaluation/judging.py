@@ -51,7 +51,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What the replies took, those of earlier runs included.
+    """What the replies took, those of earlier runs and those without text included.
 
     Attributes:
         requests: number of replies.
@@ -86,8 +86,8 @@ class _Tally:
             EndpointError: the first few got no reply, or as many in a row failed.
         """
         with self._lock:
-            self._replies += reply.text is not None
-            self._empty += reply.text is None
+            self._replies += reply.answered
+            self._empty += not reply.answered
             self._failed = self._failed + 1 if failed else 0
             self._failure = reply.problem if failed else self._failure
             replies, empty, in_a_row = self._replies, self._empty, self._failed
@@ -108,9 +108,9 @@ Reader = Callable[[Reply], "tuple[float | None, str | None]"]
 def judge_all(requests: Sequence[Request], judge: Judge, records: Records, read: Reader) -> tuple[list[Verdict], Usage]:
     """Ask for every verdict that the file lacks, and return all of them in the requests' order.
 
-    Replies that cannot be read are verdicts without a value and are not asked for again: choosing among replies would
-    bias the score. Requests that got no reply, even after their retries, are verdicts without a value too, but are
-    asked again by the next run.
+    Replies that cannot be read, the judge's own refusals among them, are verdicts without a value and are not asked for
+    again: choosing among replies would bias the score. Requests that got no reply, even after their retries, are
+    verdicts without a value too, but are asked again by the next run.
 
     Args:
         requests: what to ask; their ids differ.
@@ -126,8 +126,10 @@ def judge_all(requests: Sequence[Request], judge: Judge, records: Records, read:
     missing = [r for r in requests if keys[r.id] not in records or not records[keys[r.id]]["answered"]]
     if missing:
         _ask(missing, keys, judge, records, read, fresh=len(missing) == len(requests))
-    lines = [records[keys[request.id]] for request in requests]
-    return [_verdict(line, read) for line in lines], _usage(lines, judge)
+    verdicts = [_verdict(records[keys[request.id]], read) for request in requests]
+    # a request that was asked again has been paid for as often
+    lines = [line for key in dict.fromkeys(keys.values()) for line in records.history(key)]
+    return verdicts, _usage(lines, judge)
 
 
 def _ask(
@@ -190,7 +192,7 @@ def _line(request: Request, key: str, judge: Judge, reply: Reply, read: Reader) 
         "model": reply.model,
         "verdict": value,
         "problem": problem,
-        "answered": reply.text is not None,
+        "answered": reply.answered,
         "reply": reply.text,
         "choices": list(reply.choices),
         "prompt_tokens": reply.prompt_tokens,
@@ -201,19 +203,20 @@ def _line(request: Request, key: str, judge: Judge, reply: Reply, read: Reader) 
 
 def _verdict(line: dict[str, Any], read: Reader) -> Verdict:
     """Read the reply again: two annotators may send the same request and read the replies in different ways."""
-    if not line["answered"]:
-        return Verdict(line["id"], None, line["problem"], answered=False)
+    if line["reply"] is None:
+        return Verdict(line["id"], None, line["problem"], line["answered"])
     choices = tuple((token, x) for token, x in line["choices"])
     return Verdict(line["id"], *read(Reply(line["reply"], choices, line["prompt_tokens"], line["completion_tokens"])))
 
 
 def _usage(lines: list[dict[str, Any]], judge: Judge) -> Usage:
-    answered = [line for line in lines if line["answered"]]
-    prompt, completion = (sum(line[f"{kind}_tokens"] or 0 for line in answered) for kind in ("prompt", "completion"))
+    # what names its model or counts tokens is a reply, even if there is nothing in it
+    replies = [line for line in lines if line["answered"] or line.get("model") or line["prompt_tokens"]]
+    prompt, completion = (sum(line[f"{kind}_tokens"] or 0 for line in replies) for kind in ("prompt", "completion"))
     # no prompt has 0 tokens: earlier versions wrote that where they did not know
-    uncounted = sum(not line["prompt_tokens"] or line["completion_tokens"] is None for line in answered)
-    models = sorted({line["model"] for line in answered if line.get("model")})
+    uncounted = sum(not line["prompt_tokens"] or line["completion_tokens"] is None for line in replies)
+    models = sorted({line["model"] for line in replies if line.get("model")})
     cost = None
     if judge.input_price is not None and judge.output_price is not None and not uncounted:
         cost = math.fsum((prompt * judge.input_price, completion * judge.output_price)) / 1e6
-    return Usage(len(answered), prompt, completion, cost, uncounted, models)
+    return Usage(len(replies), prompt, completion, cost, uncounted, models)

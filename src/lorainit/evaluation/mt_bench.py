@@ -36,6 +36,7 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
+_CHOICES = {"question_id": int, "choices": object}
 _WITH_REFERENCE = ("math", "reasoning", "coding")
 _FIELD = re.compile(r"\{(\w+)\}")
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
@@ -113,10 +114,11 @@ def load_questions(data: str) -> list[Question]:
     """Return the questions with their reference answers.
 
     Raises:
-        LoraInitError: missing files or columns, or a question that lacks a turn or its reference answer.
+        LoraInitError: missing files or columns, a cell of another type, or a question that lacks a turn or its
+            reference answer.
     """
-    rows = read_rows(data, "question.jsonl", ("question_id", "category", "turns"))
-    references = load_choices(read_rows(data, "reference_answer/gpt-4.jsonl", ("question_id", "choices")))
+    rows = read_rows(data, "question.jsonl", {"question_id": int, "category": str, "turns": object})
+    references = load_choices(read_rows(data, "reference_answer/gpt-4.jsonl", _CHOICES))
     questions = []
     for row in rows:
         number, needed = row["question_id"], row["category"] in _WITH_REFERENCE
@@ -133,9 +135,9 @@ def load_prompts(data: str) -> dict[str, tuple[str, str]]:
     """Return the judge's (system prompt, prompt) by name.
 
     Raises:
-        LoraInitError: one of the four that single-answer grading needs is missing.
+        LoraInitError: one of the four that single-answer grading needs is missing, or one that is no text.
     """
-    rows = read_rows(data, "judge_prompts.jsonl", ("name", "system_prompt", "prompt_template"))
+    rows = read_rows(data, "judge_prompts.jsonl", dict.fromkeys(("name", "system_prompt", "prompt_template"), str))
     prompts = {row["name"]: (row["system_prompt"], row["prompt_template"]) for row in rows}
     needed = [f"single-{kind}v1{turns}" for kind in ("", "math-") for turns in ("", "-multi-turn")]
     missing = [name for name in needed if name not in prompts]
@@ -160,7 +162,7 @@ def load_answers(file: str, questions: Sequence[Question], turns: int) -> dict[i
         LoraInitError: an answer is missing or lacks a turn.
     """
     path = Path(file)
-    found = load_choices(read_rows(str(path.parent), path.name, ("question_id", "choices")))
+    found = load_choices(read_rows(str(path.parent), path.name, _CHOICES))
     for question in questions:
         if not _is_turns(found.get(question.id), turns):
             raise LoraInitError(f"{path}: no answer of {turns} turns to question {question.id}")

@@ -19,7 +19,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 class Records:
-    """JSON lines by their ``fingerprint``; of several lines with the same one, the last counts.
+    """JSON lines by their ``fingerprint``; of several lines with the same one, the last counts, and all are kept.
 
     Lines are written whole, in one call, and reach the disk before `append` returns: a run that is killed loses nothing
     but the line that it was writing. Threads may share one object; two processes may not share one file.
@@ -34,7 +34,7 @@ class Records:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._lines: dict[str, dict[str, Any]] = {}
+        self._lines: dict[str, list[dict[str, Any]]] = {}
         if path.is_file():
             self._read()
 
@@ -42,6 +42,10 @@ class Records:
         return key in self._lines
 
     def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._lines[key][-1]
+
+    def history(self, key: str) -> list[dict[str, Any]]:
+        """Return all lines with a fingerprint, the one that counts last."""
         return self._lines[key]
 
     def append(self, *lines: dict[str, Any]) -> None:
@@ -53,7 +57,8 @@ class Records:
             with self.path.open("ab", buffering=0) as stream:
                 stream.write(data)
                 os.fsync(stream.fileno())
-            self._lines.update({line["fingerprint"]: line for line in lines})
+            for line in lines:
+                self._lines.setdefault(line["fingerprint"], []).append(line)
 
     def _read(self) -> None:
         data = self.path.read_bytes()
@@ -63,7 +68,7 @@ class Records:
         for number, text in enumerate(whole.decode(errors="replace").split("\n")[:-1], 1):
             try:
                 line = json.loads(text)
-                self._lines[line["fingerprint"]] = line
+                self._lines.setdefault(line["fingerprint"], []).append(line)
             except (ValueError, TypeError, KeyError) as error:
                 raise LoraInitError(
                     f"{self.path}, line {number}: not a line that lorainit wrote; move it away"
