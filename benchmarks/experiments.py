@@ -1,7 +1,7 @@
 """Every published table on the small models and data that fit here; resumable, shareable.
 
     python benchmarks/experiments.py --data FOLDER              # all that is missing; start it twice for two workers
-    python benchmarks/experiments.py --data FOLDER --mini       # a seed, a column, 20 steps into runs/: does every row run?
+    python benchmarks/experiments.py --data FOLDER --mini       # a seed, a column, 20 steps, to runs/: do rows run?
     python benchmarks/experiments.py --only vtab t5_glue ...    # some tables
     python benchmarks/experiments.py --data FOLDER --redo       # what another recipe has made is run again
     python benchmarks/experiments.py --list                     # what is done, what is missing, and its hours
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from lorainit import LoraInitError
+from lorainit.tables.file import read_table
 from lorainit.tables.measured import Measured
 from lorainit.tables.page import page
 from lorainit.tables.place import Place
 from lorainit.tables.record import discard_changed
-from lorainit.tables.table import Table, merge, read_table
+from lorainit.tables.table import Table, merge
 from lorainit.tables.work import work
 
 RECIPES, PAGE = Path("recipes/tables"), Path("docs/experiments.md")

@@ -134,12 +134,12 @@ def table(
     """
     from pathlib import Path
 
+    from .tables.file import read_table
     from .tables.measured import Measured
     from .tables.page import page
     from .tables.place import Place
     from .tables.recipes import write_recipes
     from .tables.record import discard_changed
-    from .tables.table import read_table
     from .tables.work import work
 
     if show + redo + (write_recipe is not None) > 1:

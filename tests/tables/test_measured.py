@@ -6,10 +6,11 @@ import pytest
 import yaml
 
 from lorainit.errors import LoraInitError
+from lorainit.tables.file import read_table
 from lorainit.tables.measured import Measured
 from lorainit.tables.page import page
 from lorainit.tables.place import Place
-from lorainit.tables.table import Run, Table, read_table
+from lorainit.tables.table import Run, Table
 
 RATES = (1e-3, 1e-2, 1e-1)
 

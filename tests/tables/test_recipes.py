@@ -6,8 +6,9 @@ import pytest
 
 from lorainit import cli, get_method
 from lorainit.errors import LoraInitError
+from lorainit.tables.file import read_table
 from lorainit.tables.recipes import write_recipes
-from lorainit.tables.table import Run, build, read_table
+from lorainit.tables.table import Run, build
 from lorainit.training import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

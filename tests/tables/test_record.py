@@ -11,11 +11,12 @@ import yaml
 from lorainit.cli import main
 from lorainit.errors import LoraInitError, NonFiniteError
 from lorainit.tables import work as module
+from lorainit.tables.file import read_table
 from lorainit.tables.measured import Measured
 from lorainit.tables.page import page
 from lorainit.tables.place import SCRATCH, Place
 from lorainit.tables.record import discard_changed, record
-from lorainit.tables.table import Run, Table, build, read_table
+from lorainit.tables.table import Run, Table, build
 from lorainit.tables.work import work
 
 CONTENT = {

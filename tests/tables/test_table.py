@@ -7,7 +7,8 @@ import yaml
 
 from lorainit.errors import LoraInitError
 from lorainit.tables.controls import Continue
-from lorainit.tables.table import Run, build, read_table
+from lorainit.tables.file import read_table
+from lorainit.tables.table import Run, build
 from lorainit.tasks import TASKS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "tables").glob("*.yaml"))
@@ -110,6 +111,21 @@ def test_runs_can_be_narrowed(file) -> None:
         ({"rows": {"A (b)": {}, "A b": {}}}, "would have the same file name 'a-b'"),
         ({"published": {"LoRA": [1.0]}}, "published row 'LoRA' has 1 values"),
         ({"small": {}}, "has no scale 'small'"),
+        ({"rows": {"A": {"cells": {"one": {}}}}, "published": {}}, "row 'A', cells: there is no column 'one', only"),
+        ({"reference": "Lora"}, "reference: there is no row 'Lora', only"),
+        ({"published": {"Lora": [1.0, 2.0]}}, "published: there is no row 'Lora', only"),
+        ({"columns": {"r 8": {"task": "sst2"}, "R-8": {"task": "cola"}}}, "the columns .* the same file name 'r-8'"),
+        ({"rows": [{"LoRA": {}}]}, r"rows must be {name: fields of a recipe}, not \[{'LoRA'"),
+        ({"rows": {8: {}}}, "rows must be {name: fields of a recipe}, not {8"),
+        ({"rows": {}}, "has no rows"),
+        ({"columns": None}, "columns must be {name: fields of a recipe}, not None"),
+        ({"published": {"LoRA": 1}}, "published must be {row: one number or text a column}, not"),
+        ({"rates": ["fast"]}, r"rates must be a list of numbers, not \['fast'\]"),
+        ({"seeds": 3}, "seeds must be a list of whole numbers, not 3"),
+        ({"small": {"seeds": 3}}, "small: seeds must be a list of whole numbers, not 3"),
+        ({"small": None}, "small must be fields of a table file, not None"),
+        ({"rows": {"A": {"method": "pisa"}}}, "row 'A', column 'One': unknown method 'pisa'"),
+        ({"columns": {"A": {"task": "sst3"}, "B": {"task": "cola"}}}, "row 'LoRA', column 'A': .*sst3"),
     ],
     ids=[
         "field",
@@ -121,6 +137,21 @@ def test_runs_can_be_narrowed(file) -> None:
         "same file",
         "published",
         "scale",
+        "cell",
+        "reference row",
+        "published row",
+        "same column file",
+        "list of rows",
+        "number for a row",
+        "no rows",
+        "no columns",
+        "published number",
+        "rate",
+        "seeds",
+        "small seeds",
+        "small null",
+        "method",
+        "task",
     ],
 )
 def test_a_wrong_table_file_is_refused_by_name(file, changes, message) -> None:

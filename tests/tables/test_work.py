@@ -9,10 +9,11 @@ import yaml
 from lorainit.cli import main
 from lorainit.errors import LoraInitError, NonFiniteError
 from lorainit.tables import work as module
+from lorainit.tables.file import read_table
 from lorainit.tables.measured import Measured
 from lorainit.tables.page import page
 from lorainit.tables.place import Place
-from lorainit.tables.table import Run, read_table
+from lorainit.tables.table import Run
 from lorainit.tables.work import carry_out, work
 from runs import save_images, save_tiny_vit
 
@@ -95,7 +96,7 @@ def test_the_page_shows_the_best_rate_the_matched_one_and_what_was_published(don
         for rate in (1e-3, 1e-2)
     }
     best = max(scores, key=scores.__getitem__)
-    assert f"| LoRA | {100 * scores[best]:.2f} [{best:g}]<br>*12.5* |" in text
+    assert f"| LoRA | {100 * scores[best]:.2f} [{best:g}*]<br>*12.5* |" in text
 
 
 def test_losses_are_better_when_lower_and_an_unknown_metric_is_refused(done) -> None:
@@ -122,7 +123,7 @@ def test_a_column_may_have_a_score_of_its_own_and_the_page_names_it(done) -> Non
     assert measured.best("LoRA", "Digits") == best
     text = page(measured.table, place)
     assert "| row | Digits (loss) |" in text
-    assert f"| LoRA | {losses[best]:.2f} [{best:g}]<br>*12.5* |" in text
+    assert f"| LoRA | {losses[best]:.2f} [{best:g}*]<br>*12.5* |" in text
 
 
 def test_a_row_that_fails_says_which_it_is_and_leaves_no_result(table_file, tmp_path) -> None:
@@ -195,9 +196,20 @@ def test_what_diverges_and_what_needs_it_is_done_and_shown_as_such(table_file, t
     assert stored["recipe"]["train"]["learning_rate"] == 1e-3
     assert stored["needs"]["teacher:LoRA"]["seed"] == 100
     text = page(table, place)
-    assert "| LoRA | 50.00 [0.001]<br>*12.5* |" in text
+    assert "| LoRA | 50.00 [0.001*]<br>*12.5* |" in text
     assert "| Continued | diverged |" in text
-    assert "| Continued | diverged [0.001] |" in text
+    assert "| Continued | diverged [0.001*] |" in text
+
+
+def test_a_result_that_was_cut_short_is_named(done, tmp_path) -> None:
+    table, place = done
+    place = dataclasses.replace(place, results=tmp_path)
+    file = place.result(table, Run("LoRA", "Digits", 0, 1e-3))
+    file.parent.mkdir(parents=True)
+    for text in ("", '{"metrics": {', "3"):
+        file.write_text(text)
+        with pytest.raises(LoraInitError, match="lora_0.001_0.json holds no result, delete it"):
+            page(table, place)
 
 
 def test_the_command_prints_the_table(done, table_file, capsys) -> None:

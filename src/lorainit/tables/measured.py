@@ -53,27 +53,34 @@ class Measured:
             best[row, column] = rates if self._searched(row, column) else set()
         return [run for run in self.table.runs() if run.seed in searching or run.rate in best[run.row, run.column]]
 
-    def scores(self, row: str, column: str, rate: float | None) -> Scores:
-        """Return {seed: score} of a cell at a rate; runs that diverged have none.
+    def scores(self, row: str, column: str, rate: float | None, metric: str | None = None) -> Scores:
+        """Return {seed: score} of a cell at a rate: of the column's score, or of another metric that it shows.
+
+        Runs that diverged have none, nor have those whose judge has left none.
 
         Raises:
             LoraInitError: the runs have no such metric.
         """
-        found = {}
+        metric = metric or self.table.score_of(column)
+        factor, found = self.table.shown(column)[metric], {}
         for run, result in self.results.items():
             if (run.row, run.column, run.rate) == (row, column, rate) and not has_diverged(result):
-                score = self.table.score_of(column)
-                if score not in result["metrics"]:
+                if metric not in result["metrics"]:
                     raise LoraInitError(
-                        f"table '{self.table.name}', column '{column}' shows '{score}', but row '{row}' has only "
+                        f"table '{self.table.name}', column '{column}' shows '{metric}', but row '{row}' has only "
                         f"{list(result['metrics'])}"
                     )
-                found[run.seed] = self.table.times_of(column) * result["metrics"][score]
+                if result["metrics"][metric] is not None:
+                    found[run.seed] = factor * result["metrics"][metric]
         return found
 
     def unrecorded(self) -> int:
         """Return how many of the results do not keep all that they were made from."""
         return sum(not is_recorded(self.table, run, result) for run, result in self.results.items())
+
+    def evaluated(self) -> list[dict[str, Any]]:
+        """Return what the benchmarks have told of their replies and verdicts, one for each that a run has answered."""
+        return [told for result in self.results.values() for told in result.get("evaluated", {}).values()]
 
     def diverged(self, row: str, column: str, rate: float | None) -> set[int]:
         """Return the seeds whose runs of a cell diverged at a rate."""

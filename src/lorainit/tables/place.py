@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..errors import LoraInitError
 from .table import Run, Table
 
 SCRATCH = "SCRATCH"  # what stands for the scratch folder in results
@@ -40,8 +41,17 @@ class Place:
 
 
 def read_result(file: Path) -> dict[str, Any] | None:
-    """Return a stored result, or None where the run is not done."""
-    return json.loads(file.read_text()) if file.exists() else None
+    """Return a stored result, or None where the run is not done.
+
+    Raises:
+        LoraInitError: the file holds no result.
+    """
+    if not file.exists():
+        return None
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise LoraInitError(f"{file} holds no result, delete it: {error}") from error
 
 
 def has_diverged(result: dict[str, Any]) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from .controls import CONTROLS
-from .table import DRIFT, Run, Table, filled
+from .evaluations import answering
+from .table import DRIFT, Run, Table, filled, slug
 
 
 def write_recipes(table: Table, folder: Path, data: str) -> tuple[list[Path], list[Run]]:
@@ -56,15 +58,28 @@ def _write(table: Table, run: Run, folder: Path, data: str, files: dict[Run, Pat
         _write(table, need, folder, data, files)
     fields = table.fields(run)
     found = {text: str(folder / need.name / "adapter") for text, need in needs.items()}
-    file = folder / f"{run.name}.yaml"
+    file, asked = folder / f"{run.name}.yaml", _write_evaluations(table, run, folder, data)
     lines = [
-        f"{table.title}: row '{run.row}', column '{run.column}', seed {run.seed}. Made from {table.name}.",
+        f"{table.title}: {table.where(run)}, seed {run.seed}.",
         *(f"{found[text]} is made by {files[need]}: that one first." for text, need in needs.items()),
         f"  lorainit train --config {file}",
+        *(f"  lorainit evaluate {name} --config {evaluation}" for name, evaluation in asked.items()),
     ]
-    content = yaml.safe_dump(
-        filled(fields, found, data) | {"output": str(folder / run.name)}, sort_keys=False, allow_unicode=True
-    )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(f"# {line}\n" for line in lines) + content)
+    _dump(file, filled(fields, found, data) | {"output": str(folder / run.name)}, lines)
     files[run] = file
+
+
+def _write_evaluations(table: Table, run: Run, folder: Path, data: str) -> dict[str, Path]:
+    """Write what a run's adapter is asked, for ``lorainit evaluate``; return {benchmark: file}."""
+    fields, made, written = table.fields(run), folder / run.name, {}
+    model = answering(filled(fields["model"], {}, data), fields.get("adapter", "lora"), made)
+    for name, options in table.asked(run).items():
+        written[name] = folder / f"{run.name}_{slug(name)}.yaml"
+        _dump(written[name], filled(options, {}, data) | model | {"output": str(made / slug(name))}, [])
+    return written
+
+
+def _dump(file: Path, content: dict[str, Any], comments: list[str]) -> None:
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"# {line}\n" for line in comments) + text)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import LoraInitError
 from ..training import Recipe
-from .place import SCRATCH, Place, read_result
+from .place import SCRATCH, Place, has_diverged, read_result
 from .table import DRIFT, TEACHER, Run, Table, build
 
 # where a run leaves what it makes, and whether it was interrupted before, is no part of what it does
@@ -23,14 +23,15 @@ def record(table: Table, run: Run) -> dict[str, Any]:
     """Return what a run's result keeps of the table file.
 
     Returns:
-        ``recipe``, with its defaults filled in and its references and ``{data}`` as the file has them; and ``needs``,
-        {reference: the run that it refers to, with a record of its own}.
+        ``recipe``, with its defaults filled in and its references and ``{data}`` as the file has them; ``needs``,
+        {reference: the run that it refers to, with a record of its own}; and, if it answers any, ``evaluations``.
     """
     needs = {
         text: {"row": need.row, "column": need.column, "seed": need.seed} | record(table, need)
         for text, need in table.needs(run).items()
     }
-    return {"recipe": _recipe(table, run, {}), "needs": needs}
+    asked = table.asked(run)
+    return {"recipe": _recipe(table, run, {}), "needs": needs} | ({"evaluations": asked} if asked else {})
 
 
 def is_recorded(table: Table, run: Run, stored: Mapping[str, Any]) -> bool:
@@ -106,6 +107,8 @@ def _recipe(table: Table, run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _differences(table: Table, run: Run, stored: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the table file says otherwise than a result."""
+    if not has_diverged(stored):  # what diverged was never asked
+        yield from _fields(table.asked(run), stored.get("evaluations", {}), {}, "evaluations")
     if "needs" in stored:
         yield from _between(record(table, run), stored)
     elif "recipe" in stored:

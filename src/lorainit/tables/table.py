@@ -2,12 +2,16 @@
 
     title: Table 1
     source: arXiv 0000.00000, table 1
-    score: accuracy                     # the metric that is shown, times `times`
+    score: accuracy                     # the metric that is shown, times `times`, and that chooses rates
+    times: 100
+    also: {loss: 1}                     # other metrics that are shown behind it, each with its factor
+    evaluations:                        # benchmarks of `lorainit evaluate` that every adapter answers, with their
+      gsm8k: {task: metamath}           # options; their metrics have names such as "gsm8k exact match"
     seeds: [0, 1, 2]
     recipe: {model: google-t5/t5-base}  # fields of a recipe, shared by all runs
     columns:
       CoLA: {task: cola-t5}
-      STS-B: {task: stsb, score: pearson}  # a column may have its own `score` and `times`
+      STS-B: {task: stsb, score: pearson}  # a column may have its own `score`, `times` and `also`
     rows:
       LoRA: {}
       ABM: {method: abm, method_options: {teacher: "teacher:LoRA"}, cells: {CoLA: {seed: 1}}}
@@ -16,7 +20,7 @@
     notes: [...]
     rates: [1.0e-4, 3.0e-4]             # every row is tried at; default: each row's own, in its recipe
     search_seeds: 1                     # the first seed tries every rate, the others only the best; default: all do
-    small:                              # the same on what fits here: other models, columns, budgets, more rows
+    small:                              # the same on what fits here: other models, columns, scores, budgets, more rows
       recipe: {model: some/folder}
 
 Two kinds of text stand for what another run leaves: ``teacher:ROW`` and ``teacher:ROW@COLUMN`` for the adapter folder
@@ -30,10 +34,7 @@ import copy
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..errors import LoraInitError
 from ..ranks import RankRule
@@ -44,8 +45,7 @@ from .controls import CONTROLS
 TEACHER, DRIFT = "teacher:", "drift:"
 # teachers see another order of the rows, and other fresh heads, than the runs that they teach
 TEACHER_SEED = 100
-_SCALED = ("recipe", "columns", "rows", "seeds", "rates", "search_seeds", "notes")
-_FIELDS = {"title", "source", "score", "times", "published", "reference", "keep_adapters", "small", *_SCALED}
+_SHOWN = ("score", "times", "also")  # of a column, these are no part of its runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,10 @@ class Table:
         source: where the published figures come from.
         score: the metric that is shown, where a column has none of its own.
         times: what it is multiplied by, likewise.
+        also: {metric: factor} of what is shown behind it, likewise.
+        evaluations: {benchmark: options} that the adapters of the grid answer.
         recipe: what all runs share.
-        columns: {name: changes}, with a column's own ``score`` and ``times`` among them.
+        columns: {name: changes}, with a column's own ``score``, ``times`` and ``also`` among them.
         rows: {name: changes}.
         published: {row: {column: value}}.
         seeds: of the runs.
@@ -90,7 +92,8 @@ class Table:
         search_seeds: so many of the seeds try every rate, the others only the best of the row and that of the
             reference; default: all try all.
         reference: the row whose best rate the others are compared at.
-        notes: what a reader has to know.
+        notes: what a reader has to know of the runs.
+        paper_notes: at the small scale, what a reader has to know of the published figures and the papers' runs.
         keep_adapters: keep every run's adapter, not only those that other runs need.
         chosen_rows: rows to run; default: all.
         chosen_columns: columns to run; default: all.
@@ -109,6 +112,9 @@ class Table:
     rates: tuple[float, ...]
     reference: str
     notes: tuple[str, ...]
+    paper_notes: tuple[str, ...] = ()
+    also: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     search_seeds: int | None = None
     keep_adapters: bool = False
     chosen_rows: tuple[str, ...] = ()
@@ -121,6 +127,15 @@ class Table:
     def times_of(self, column: str) -> float:
         """Return what a column's metric is multiplied by."""
         return self.columns[column].get("times", self.times)
+
+    def shown(self, column: str) -> dict[str, float]:
+        """Return {metric: factor} of all that a column shows, the score first."""
+        return {self.score_of(column): self.times_of(column)} | self.columns[column].get("also", self.also)
+
+    def asked(self, run: Run) -> dict[str, dict[str, Any]]:
+        """Return the benchmarks that a run's adapter answers: none where it only serves other runs."""
+        in_grid = run.seed in self.seeds and run.rate in (self.rates or (None,))
+        return self.evaluations if in_grid else {}
 
     def searching_seeds(self) -> tuple[int, ...]:
         """Return the seeds that try every rate."""
@@ -166,11 +181,12 @@ class Table:
             LoraInitError: a recipe names it, and there is none.
         """
         for run in self.runs() if data == "{data}" else ():
-            if any("{data}" in text for text in texts(self.fields(run))):
-                raise LoraInitError(
-                    f"table '{self.name}', row '{run.row}', column '{run.column}': its recipe names {{data}}; pass "
-                    "--data"
-                )
+            if any("{data}" in text for text in texts([self.fields(run), self.asked(run)])):
+                raise LoraInitError(f"{self.where(run)}: its recipe names {{data}}; pass --data")
+
+    def where(self, run: Run) -> str:
+        """Return what an error calls a run."""
+        return f"table '{self.name}', row '{run.row}', column '{run.column}'"
 
     def fields(self, run: Run) -> dict[str, Any]:
         """Return the recipe of a run as a file would hold it, with the references still in it.
@@ -183,7 +199,7 @@ class Table:
                 raise LoraInitError(f"table '{self.name}' has no {kind} '{name}', only {list(known)}")
         row = dict(self.rows[run.row])
         cells = row.pop("cells", {})
-        column = {key: value for key, value in self.columns[run.column].items() if key not in ("score", "times")}
+        column = {key: value for key, value in self.columns[run.column].items() if key not in _SHOWN}
         merged = self.recipe
         for changes in (column, row, cells.get(run.column, {})):
             merged = merge(merged, changes)
@@ -213,77 +229,6 @@ class Table:
         return {need for found in needs for text, need in found if text.startswith(TEACHER)}
 
 
-def read_table(file: str | Path, scale: str = "paper") -> Table:
-    """Read a table file.
-
-    Args:
-        file: the YAML file.
-        scale: ``"paper"``, or ``"small"`` for the section of that name laid over it.
-
-    Raises:
-        LoraInitError: no such file or scale, fields that are unknown or missing, or a row with a wrong recipe.
-    """
-    path = Path(file)
-    if not path.is_file():
-        raise LoraInitError(f"there is no table file {path}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise LoraInitError(f"{path} is no YAML: {error}") from error
-    if not isinstance(content, dict) or not {"title", "source", "columns", "rows"} <= set(content):
-        raise LoraInitError(f"{path} is no table file: it lacks some of title, source, columns, rows")
-    small = content.get("small", {})
-    unknown = sorted(set(content) - _FIELDS) + sorted(set(small) - set(_SCALED))
-    if unknown:
-        raise LoraInitError(f"{path} has the unknown fields {unknown}")
-    if scale not in ("paper", "small") or (scale == "small" and not small):
-        raise LoraInitError(f"{path} has no scale '{scale}'")
-    printed = _published(path, content)
-    if scale == "small":
-        if "columns" in small:  # they are other data sets, not changes of the paper's
-            content["columns"] = small["columns"]
-        content["rows"] = _small_rows(content["rows"], small.get("rows", {}))
-        content["recipe"] = merge(content.get("recipe", {}), small.get("recipe", {}))
-        content |= {key: small[key] for key in ("seeds", "rates", "search_seeds", "notes") if key in small}
-    rows = {name: changes or {} for name, changes in content["rows"].items()}
-    table = Table(
-        name=f"{path.stem}-{scale}",
-        title=content["title"],
-        source=content["source"],
-        score=content.get("score", "accuracy"),
-        times=content.get("times", 100.0),
-        recipe=content.get("recipe", {}),
-        columns={name: changes or {} for name, changes in content["columns"].items()},
-        rows=rows,
-        published=printed,
-        seeds=tuple(content.get("seeds", (0, 1, 2))),
-        rates=tuple(float(rate) for rate in content.get("rates", ())),
-        reference=content.get("reference", next(iter(rows))),
-        notes=tuple(content.get("notes", ())),
-        search_seeds=content.get("search_seeds"),
-        keep_adapters=content.get("keep_adapters", False),
-    )
-    if table.search_seeds is not None and not 1 <= table.search_seeds <= len(table.seeds):
-        raise LoraInitError(f"{path}: search_seeds is {table.search_seeds}, not 1 to {len(table.seeds)}")
-    names = [slug(row) for row in rows]
-    same = [row for row in rows if names.count(slug(row)) > 1]
-    if same:
-        raise LoraInitError(f"{path}: the rows {same} would have the same file name '{slug(same[0])}'")
-    for run in table.selected(seeds=list(table.seeds)[:1], rates=[]).runs():
-        _check_order(table, run, ())
-        build(table, run, {}, "{data}")
-    return table
-
-
-def _check_order(table: Table, run: Run, before: tuple[tuple[str, str], ...]) -> None:
-    """Raise if a run needs, through others, a run of its own row and column."""
-    here = (run.row, run.column)
-    if here in before:
-        raise LoraInitError(f"table '{table.name}': row '{run.row}', column '{run.column}' is its own teacher")
-    for need in table.needs(run).values():
-        _check_order(table, need, (*before, here))
-
-
 def build(table: Table, run: Run, found: Mapping[str, Any], data: str, output: str = "") -> Recipe:
     """Return a run's recipe, ready to be carried out.
 
@@ -298,7 +243,6 @@ def build(table: Table, run: Run, found: Mapping[str, Any], data: str, output: s
         LoraInitError: fields that a recipe does not have, or wrong ones.
     """
     fields = filled(table.fields(run), found, data) | {"output": output}
-    where = f"table '{table.name}', row '{run.row}', column '{run.column}'"
     kinds = {"data": DataOptions, "calibration": Calibration, "ranks": RankRule}
     control = CONTROLS.get(fields.get("method", ""))
     try:
@@ -306,7 +250,7 @@ def build(table: Table, run: Run, found: Mapping[str, Any], data: str, output: s
             fields["method"] = control(**fields.pop("method_options", {}))
         return Recipe(**{k: kinds[k](**v) if k in kinds else v for k, v in fields.items()})
     except (TypeError, ValueError) as error:
-        raise LoraInitError(f"{where}: {error}") from error
+        raise LoraInitError(f"{table.where(run)}: {error}") from error
 
 
 def filled(value: Any, found: Mapping[str, Any], data: str) -> Any:
@@ -342,26 +286,10 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.+]+", "-", text.lower()).strip("-")
 
 
-def _small_rows(rows: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return the rows with changes laid over them; null drops a row, a new name adds one."""
-    merged = {name: merge(rows.get(name) or {}, changes.get(name) or {}) for name in {**rows, **changes}}
-    return {name: row for name, row in merged.items() if not (name in changes and changes[name] is None)}
-
-
-def _published(path: Path, content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    printed = {}
-    for row, values in content.get("published", {}).items():
-        if len(values) != len(content["columns"]):
-            raise LoraInitError(f"{path}: published row '{row}' has {len(values)} values for other columns")
-        pairs = zip(content["columns"], values, strict=True)
-        printed[row] = {column: value for column, value in pairs if value is not None}
-    return printed
-
-
 def texts(value: Any) -> Iterator[str]:
     """Yield every text in some fields, nested ones too."""
-    if isinstance(value, Mapping):
-        for inner in value.values():
+    if isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
             yield from texts(inner)
     elif isinstance(value, str):
         yield value

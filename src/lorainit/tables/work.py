@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from ..errors import LoraInitError, NonFiniteError
 from ..lock import taken
-from ..training import train
+from ..training import Recipe, train
+from .evaluations import answering, evaluate
 from .measured import Measured
-from .place import SCRATCH, Place, has_diverged
+from .place import SCRATCH, Place, has_diverged, read_result
 from .record import read_checked, record
-from .table import DRIFT, TEACHER, Run, Table, build
+from .table import DRIFT, TEACHER, Run, Table, build, filled, slug
 
 
 def work(table: Table, place: Place) -> None:
@@ -69,23 +72,41 @@ def _attempt(table: Table, run: Run, place: Place, text: str) -> bool:
 def carry_out(table: Table, run: Run, place: Place) -> None:
     """Do a run whose needs are there; its result appears only when it is done.
 
-    A run that diverges, or needs one that did, is done too: its result says so, and the table goes on.
+    A run that diverges, or needs one that did, is done too: its result says so, and the table goes on. One whose judge
+    is out of reach is not: what was trained, answered and judged waits in its folder.
 
     Raises:
-        LoraInitError: anything wrong in its recipe; the message says in which row and column.
+        LoraInitError: anything wrong in its recipe or its evaluations; the message says in which row and column.
     """
-    folder = place.folder(table, run)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder, asked = place.folder(table, run), table.asked(run)
     try:
-        result = train(build(table, run, _found(table, run, place), place.data, str(folder)))
+        recipe = build(table, run, _found(table, run, place), place.data, str(folder))
+        result = (_trained(recipe, folder) if asked else None) or _train(recipe, folder)
+        for name, fields in asked.items():
+            model = answering(recipe.model, recipe.adapter, folder)
+            found = evaluate(name, filled(fields, {}, place.data), model, folder / slug(name))
+            result["metrics"] |= found["metrics"]
+            result.setdefault("evaluated", {})[name] = found["told"]
     except NonFiniteError as error:
         result = {"status": "diverged", "message": str(error)}
     except LoraInitError as error:
-        raise LoraInitError(f"table '{table.name}', row '{run.row}', column '{run.column}': {error}") from error
+        raise LoraInitError(f"{table.where(run)}: {error}") from error
     _store(table, run, place, result)
     if has_diverged(result) or (not table.keep_adapters and run not in table.teachers()):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return train(recipe)
+
+
+def _trained(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
+    """Return the result of a training that has waited for its evaluations; None without one of this recipe."""
+    stored = read_result(folder / "result.json")
+    same = stored is not None and stored["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return stored if same else None
 
 
 def _found(table: Table, run: Run, place: Place) -> dict[str, Any]:
