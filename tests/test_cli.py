@@ -107,6 +107,8 @@ def test_diagnose_prints_a_table_or_json_and_writes_a_page(files, tmp_path, caps
         (["train", "--config", "no-such.yaml"], 2, "no-such.yaml"),
         (["train", "--model", "x", "--task", "sst2", "--method", "lorm"], 1, "did you mean 'loram'"),
         (["train", "--model", "x", "--task", "nope"], 1, "unknown task 'nope'"),
+        (["train", "--model", "x", "--task", "sst2", "--ranks.rho", "0"], 1, "rho must be ≥ 1"),
+        (["evaluate", "--model", "x", "--task", "sst2", "--data.max_length", "0"], 1, "max_length must be ≥ 1"),
         (["evaluate", "--model", "x", "--task", "sst2", "--data.path", "no-such-folder"], 1, "there is no file"),
         (["export", "no-such-folder", "--output", "x"], 1, "no adapter folder"),
         (["export", ".", "--output", "x", "--rank", "0"], 1, "rank must be at least 1"),

@@ -55,7 +55,10 @@ def _parse(arguments: list[str]) -> tuple[Any, dict[str, Any]]:
         sub = ArgumentParser(description=summary, exit_on_error=False)
         add(sub)
         subcommands.add_subcommand(command, sub, help=summary)
-    chosen: Any = parser.instantiate_classes(parser.parse_args(arguments))
+    try:
+        chosen: Any = parser.instantiate_classes(parser.parse_args(arguments))
+    except ValueError as error:  # of a dataclass that refuses its options
+        raise LoraInitError(str(error)) from error
     options = vars(chosen[chosen.subcommand])
     return commands[chosen.subcommand][0], {
         k: v for k, v in options.items() if k not in ("config", "__default_config__")

@@ -37,6 +37,14 @@ def test_rows_lose_their_padding_and_get_only_as_much_as_a_batch_needs(side) -> 
     assert len(read_rows([padded(side)] * 2, 4, model())) == 4
 
 
+def test_rows_of_nothing_but_padding_are_left_out_and_refused_where_there_is_nothing_else() -> None:
+    empty = {key: torch.zeros_like(value) for key, value in padded("right").items()}
+    rows = read_rows([empty, padded("right")], None, model())
+    assert [row["input_ids"].tolist() for row in rows] == [[[1, 2, 3]], [[4, 5]], [[6]]]
+    with pytest.raises(LoraInitError, match="nothing but padding"):
+        read_rows([empty], None, model())
+
+
 def test_an_encoder_decoders_two_sides_are_cut_apart() -> None:
     ids, labels = torch.tensor([[1, 2, 9]]), torch.tensor([[5, 6, 7]])
     (row,) = read_rows([{"input_ids": ids, "attention_mask": (ids != 9).long(), "labels": labels}], None, model(True))

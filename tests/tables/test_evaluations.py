@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from lorainit.tables.record import discard_changed
 from lorainit.tables.table import Run
 from lorainit.tables.work import work
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 JUDGED, COUNTED = "mt-bench first turn", "gsm8k last number"
 ROW = Run("LoRA", "Sums", 0)
 pytestmark = pytest.mark.usefixtures("no_key")
@@ -130,6 +132,20 @@ def test_a_recipe_that_is_written_out_tells_what_to_ask(files, tmp_path) -> None
     assert main(commands[0][1:]) == 0
     assert main(commands[1][1:]) == 0
     assert json.loads((tmp_path / "out/sums/lora_own_0/gsm8k/result.json").read_text())["benchmark"] == "gsm8k"
+
+
+@pytest.mark.parametrize(
+    ("table", "benchmark", "file"),
+    [
+        ("llama_math", "gsm8k", "gsm8k"),
+        ("llama_wizardlm", "mt-bench", "mt_bench"),
+        ("llama_wizardlm", "alpaca-eval", "alpaca_eval"),
+    ],
+)
+def test_the_tables_ask_as_the_evaluation_recipes_do(table, benchmark, file) -> None:
+    asked = read_table(RECIPES / f"tables/{table}.yaml").evaluations[benchmark]
+    recipe = yaml.safe_load((RECIPES / f"evaluation/{file}.yaml").read_text())
+    assert {key: asked[key] for key in asked if key in recipe} == {key: recipe[key] for key in recipe if key != "model"}
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,23 @@ _IGNORED_LABEL = -100
 def read_rows(data: Iterable[Any], samples: int | None, model: nn.Module) -> list[Any]:
     """Return the first ``samples`` rows of the data as batches of one row without padding, on the CPU.
 
+    Rows that hold nothing else are left out.
+
     Raises:
-        LoraInitError: the data are empty.
+        LoraInitError: the data are empty, or nothing but padding.
     """
     two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     batches = iterate(data, None, samples, torch.device("cpu"))
-    return [_unpadded(row, two_sided) for batch in batches for row in split_rows(batch)]
+    rows = [row for batch in batches for row in split_rows(batch)]
+    filled = [row for row in rows if not _is_padding(row)]
+    if rows and not filled:
+        raise LoraInitError("the calibration data hold nothing but padding: every attention_mask is 0")
+    return [_unpadded(row, two_sided) for row in filled]
+
+
+def _is_padding(row: Any) -> bool:
+    mask = row.get("attention_mask") if isinstance(row, Mapping) else None
+    return _is_sequence(mask) and not bool(mask.any())
 
 
 def _unpadded(row: Any, two_sided: bool) -> Any:
