@@ -48,10 +48,27 @@ def refused(case, method, data, error, message, **options):
         pytest.param([], "not a single batch", id="no batch"),
         pytest.param([{"wrong": torch.zeros(1, 2)}], r"refuses a calibration batch \(wrong\[1, 2\]\)", id="refused"),
         pytest.param([{"input_ids": None}], "holds no tensor", id="no tensor"),
+        pytest.param([{"input_ids": torch.ones(4, dtype=torch.long)}], r"\(input_ids\[4\]\) is one row", id="one row"),
+        pytest.param(
+            [{"input_ids": torch.tensor([[1, cases.VOCAB]])}], "refuses a calibration batch", id="no such token"
+        ),
     ],
 )
 def test_batches_that_cannot_be_run(method, data, message):
     refused(LLAMA, method, data, LoraInitError, message)
+
+
+@each_method
+@pytest.mark.parametrize("number", [-1, 0])
+def test_fewer_batches_than_one_are_refused(method, number):
+    refused(
+        LLAMA,
+        method,
+        LLAMA.batches(),
+        LoraInitError,
+        f"max_batches must be ≥ 1 or None, got {number}",
+        max_batches=number,
+    )
 
 
 @each_method

@@ -26,6 +26,7 @@ from .resize import resize
 from .sites import LoraSite
 from .solving import Known, each_layer
 from .statistics import LayerStatistics, Request
+from .statistics.batches import check_max_batches
 from .statistics.collect import collect, collect_groups
 from .statistics.pairs import collect_pairs
 from .statistics.store import collect_cached
@@ -39,8 +40,9 @@ def usable_batches(
     """Return the batches that the method may use; nothing for a data-free one, None where saved statistics stand in.
 
     Raises:
-        LoraInitError: it needs data, and there are none.
+        LoraInitError: it needs data, and there are none; or not even one batch is to be used.
     """
+    check_max_batches(max_batches)
     trained = isinstance(method, TrainedMethod)
     if method.request is None and not trained:
         return ()

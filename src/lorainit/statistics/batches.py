@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraInitError
+from .reading import is_two_sided, predicts_next_token
 
 MaskKind = Literal["attention", "labels"]
 NO_BATCH = "the calibration data are empty: not a single batch"
+_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")  # the first has all rows
 _BY_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "token_type_ids")
 LossFunction = Callable[[nn.Module, Any], tuple[Tensor, int]]
 
@@ -28,8 +31,9 @@ def iterate(
     """Yield the batches on the model's device, at most ``max_batches`` of them and ``max_rows`` rows, the last one cut.
 
     Raises:
-        LoraInitError: there is no batch at all, and it may not be so.
+        LoraInitError: there is no batch at all, and it may not be so; or not even one is to be used.
     """
+    check_max_batches(max_batches)
     index, left = -1, math.inf if max_rows is None else max_rows
     for index, batch in enumerate(data):
         if left <= 0 or (max_batches is not None and index >= max_batches):
@@ -41,19 +45,27 @@ def iterate(
         raise LoraInitError(NO_BATCH)
 
 
+def check_max_batches(max_batches: int | None) -> None:
+    """Raise unless at least one batch is to be used."""
+    if max_batches is not None and max_batches < 1:
+        raise LoraInitError(f"max_batches must be ≥ 1 or None, got {max_batches}")
+
+
 def forward(model: nn.Module, batch: Any) -> Any:
     """Run the model on a batch as a training loop would: a mapping by keyword, a sequence by position.
+
+    A trainer's ``num_items_in_batch`` is left out: with it the loss would be no mean over the batch's own terms.
 
     Raises:
         LoraInitError: the model refuses the batch.
     """
     try:
         if isinstance(batch, Mapping):
-            return model(**batch)
+            return model(**{k: v for k, v in batch.items() if k != "num_items_in_batch"})
         return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
     except LoraInitError:  # what a watch has to say
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         raise LoraInitError(f"the model refuses a calibration batch ({describe(batch)}): {error}") from error
 
 
@@ -65,11 +77,23 @@ def describe(batch: Any) -> str:
 
 
 def count_rows(batch: Any) -> int:
-    """Return the number of rows (sequences, images) in a batch."""
-    sizes = [v.shape[0] for v in _tensors(batch) if v.dim() > 0]
-    if not sizes:
+    """Return the number of rows (sequences, images) in a batch: what its inputs have, or most of its tensors.
+
+    Raises:
+        LoraInitError: it holds no tensor, or it is one row of a dataset.
+    """
+    fields = named_fields(batch)
+    inputs = [fields[name] for name in _INPUTS if isinstance(fields.get(name), Tensor)]
+    tensors = [v for v in inputs[:1] or _tensors(batch) if v.dim() > 0]
+    if not tensors:
         raise LoraInitError(f"a calibration batch holds no tensor ({describe(batch)})")
-    return sizes[0]
+    ids = fields.get("input_ids")
+    if isinstance(ids, Tensor) and ids.dim() == 1:
+        raise LoraInitError(
+            f"a calibration batch ({describe(batch)}) is one row: its input_ids have one axis instead of two, rows × "
+            "tokens; put the rows together with a DataLoader"
+        )
+    return Counter(v.shape[0] for v in tensors).most_common(1)[0][0]
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
@@ -82,6 +106,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 def named_fields(batch: Any) -> dict[str, Any]:
     """Return what a batch names, in mappings inside it as well (what a sentence-transformers model takes)."""
+    batch = _by_name(batch)
     found: dict[str, Any] = {}
     if isinstance(batch, (Mapping, tuple, list)):
         for name, value in batch.items() if isinstance(batch, Mapping) else ((None, v) for v in batch):
@@ -89,13 +114,31 @@ def named_fields(batch: Any) -> dict[str, Any]:
     return found
 
 
+def _by_name(batch: Any) -> Any:
+    """Return a named tuple as a mapping."""
+    return batch._asdict() if hasattr(batch, "_asdict") else batch
+
+
+def _like(batch: Any, values: Iterable[Any]) -> Any:
+    """Return a sequence of the kind of another one."""
+    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+
+
 def take_rows(batch: Any, rows: slice) -> Any:
-    """Return some rows of a batch."""
-    if isinstance(batch, Mapping):
-        return {k: take_rows(v, rows) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return tuple(take_rows(v, rows) for v in batch)
-    return batch[rows] if isinstance(batch, Tensor) and batch.dim() else batch
+    """Return some rows of a batch; a tensor that has not as many as the batch (broadcast positions) stays whole."""
+    return _take(batch, rows, count_rows(batch))
+
+
+def _take(value: Any, rows: slice, count: int, name: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {k: _take(v, rows, count, str(k)) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return _like(value, (_take(v, rows, count) for v in value))
+    if not isinstance(value, Tensor):
+        return value
+    if name == "position_ids" and value.dim() == 3:  # noqa: PLR2004 - (time, height, width) × rows × tokens
+        return value[:, rows] if value.shape[1] == count else value
+    return value[rows] if value.dim() and value.shape[0] == count else value
 
 
 def split_rows(batch: Any, size: int = 1) -> list[Any]:
@@ -130,20 +173,21 @@ def _cut(value: Any, full: int, length: int, name: str = "") -> Any:
 
 def count_terms(model: nn.Module, batch: Any) -> int | None:
     """Return how many label terms a model's loss averages over: labelled tokens, or rows; None without labels."""
-    labels = named_fields(batch).get("labels")
-    if not isinstance(labels, Tensor):
+    fields = named_fields(batch)
+    if not isinstance(fields.get("labels"), Tensor):
         return None
-    if labels.dim() != 2 or labels.is_floating_point():  # noqa: PLR2004 - (rows, tokens)
-        return labels.shape[0]
+    labels = _token_labels(fields)
+    if labels is None:
+        return fields["labels"].shape[0]
     return int(((labels[:, 1:] if predicts_next_token(model) else labels) != -100).sum())
 
 
-def predicts_next_token(model: nn.Module) -> bool:
-    """Say whether labels are shifted inside the model: the logits of a position score the next one."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
-    name = type(base).__name__
-    encoder_decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-    return ("CausalLM" in name or "LMHeadModel" in name) and not encoder_decoder
+def _token_labels(fields: Mapping[str, Any]) -> Tensor | None:
+    """Return the labels if they are of tokens."""
+    labels = fields.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():  # noqa: PLR2004
+        return None
+    return labels
 
 
 def summed_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
@@ -178,25 +222,66 @@ def loss_in(output: Any, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
 
 
 def position_masks(model: nn.Module, batch: Any, kind: MaskKind) -> dict[str, Tensor]:
-    """Return which positions count: ``"input"`` for the (encoder's) input, ``"decoder"`` for a decoder's.
+    """Return which positions count, by the side that a layer reads (`lorainit.statistics.positions.side`).
 
-    Positions that are not named by a mask all count. ``kind="labels"`` keeps the positions whose output is scored.
+    ``"input"`` is the (encoder's) input, ``"decoder"`` what a decoder reads, ``"encoder"`` what cross-attention makes
+    keys and values of. Positions that are not named by a mask all count. ``kind="labels"`` keeps the positions whose
+    output is scored.
+
+    Raises:
+        LoraInitError: a mask that does not say of each token whether it counts.
     """
     fields = named_fields(batch)
-    masks: dict[str, Tensor] = {}
-    attention = fields.get("attention_mask")
-    if isinstance(attention, Tensor) and attention.dim() == 2:  # noqa: PLR2004
-        masks["input"] = attention.bool()
-    labels = fields.get("labels")
-    token_labels = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()  # noqa: PLR2004
-    if token_labels and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        masks["decoder"] = labels != -100  # pyright: ignore[reportArgumentType]
-    elif token_labels and kind == "labels":
-        scored = labels != -100
-        if predicts_next_token(model):
-            scored = torch.cat((scored[:, 1:], torch.zeros_like(scored[:, :1])), dim=1)  # pyright: ignore
-        masks["input"] = masks.get("input", torch.ones_like(scored)) & scored  # pyright: ignore[reportArgumentType]
-    return masks
+    attention = _mask(fields, "attention_mask")
+    if is_two_sided(model):
+        found = {"input": attention, "encoder": attention, "decoder": _decoder_mask(fields, attention, kind)}
+    else:
+        labels = _token_labels(fields) if kind == "labels" else None
+        if labels is not None:
+            scored = labels != -100
+            if predicts_next_token(model):
+                scored = torch.cat((scored[:, 1:], torch.zeros_like(scored[:, :1])), dim=1)
+            attention = _both(attention, scored)
+        # there is one side, whatever a layer is called; an encoder's output comes from elsewhere
+        found = {"input": attention, "decoder": attention, "encoder": _mask(fields, "encoder_attention_mask")}
+    return {side: mask for side, mask in found.items() if mask is not None}
+
+
+def _mask(fields: Mapping[str, Any], name: str) -> Tensor | None:
+    """Return a mask of a batch as (rows, tokens); a multiple choice's rows are the answers, as the model makes them."""
+    mask = fields.get(name)
+    if not isinstance(mask, Tensor):
+        return None
+    ids, embeddings = fields.get("input_ids"), fields.get("inputs_embeds")
+    tokens = ids.shape if isinstance(ids, Tensor) else embeddings.shape[:-1] if isinstance(embeddings, Tensor) else ()
+    if mask.dim() == 3 and mask.shape == tokens:  # noqa: PLR2004 - (rows, answers, tokens)
+        mask = mask.flatten(0, 1)
+    if mask.dim() != 2:  # noqa: PLR2004
+        raise LoraInitError(
+            f"{name}{list(mask.shape)} in a calibration batch does not say of each token whether it is padding; pass a "
+            "mask of rows × tokens, or batches without padding and without that mask"
+        )
+    return mask.bool()
+
+
+def _decoder_mask(fields: Mapping[str, Any], attention: Tensor | None, kind: MaskKind) -> Tensor | None:
+    """Return which of a decoder's positions count: by its own mask, else those with a label."""
+    mask, labels = _mask(fields, "decoder_attention_mask"), _token_labels(fields)
+    if labels is not None and (mask is None or kind == "labels"):
+        return _both(mask, labels != -100)
+    if mask is None and attention is not None and not any(str(name).startswith("decoder_") for name in fields):
+        # the decoder then reads the encoder's tokens, behind a first one (BART as a classifier)
+        return torch.cat((torch.ones_like(attention[:, :1]), attention[:, :-1]), dim=1)
+    return mask
+
+
+def _both(mask: Tensor | None, scored: Tensor) -> Tensor:
+    """Return which positions are no padding and are scored."""
+    if mask is not None and mask.shape != scored.shape:
+        raise LoraInitError(
+            f"the mask {list(mask.shape)} and the labels {list(scored.shape)} of a calibration batch differ in shape"
+        )
+    return scored if mask is None else mask & scored
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -204,5 +289,5 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {k: to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(v, device) for v in batch)
+        return _like(batch, (to_device(v, device) for v in batch))
     return batch.to(device) if isinstance(batch, Tensor) else batch

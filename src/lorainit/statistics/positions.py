@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import LoraInitError
 from ..sites import LoraSite
+
+Side = Literal["input", "decoder", "encoder"]
+_DECODERS = ("decoder", "text_decoder")
+_HEADS = ("lm_head", "proj_out")  # an encoder-decoder's: they score what its decoder has read
+_CROSS = ("encdecattention", "encoder_attn", "encoder_decoder_attention", "crossattention", "cross_attn")
+_KEYS_AND_VALUES = ("k", "v", "k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "c_attn")
 
 
 def input_positions(site: LoraSite, x: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ def counted(site: LoraSite, rows: Tensor, tensor: Tensor, masks: Mapping[str, Te
     Raises:
         LoraInitError: there is padding, and the layer's positions cannot be matched with the mask.
     """
-    mask = masks.get("decoder" if reads_decoder(site.name) else "input")
+    mask = masks.get(side(site.name))
     if mask is None or site.kind == "conv" or bool(mask.all()):
         return rows
     if site.is_routed:
@@ -65,8 +71,19 @@ def counted(site: LoraSite, rows: Tensor, tensor: Tensor, masks: Mapping[str, Te
     )
 
 
+def side(name: str) -> Side:
+    """Return what a layer reads: a decoder's positions, an encoder's output as cross-attention does, or the input.
+
+    In a model with one side only a decoder's positions are the input.
+    """
+    parts = name.lower().split(".")
+    decodes = any(part in _DECODERS for part in parts)
+    crosses = any(part in _CROSS or (decodes and part == "cross_attention") for part in parts)
+    if crosses and parts[-1] in _KEYS_AND_VALUES:
+        return "encoder"
+    return "decoder" if decodes or any(part in _HEADS for part in parts) else "input"
+
+
 def reads_decoder(name: str) -> bool:
     """Say whether a layer of an encoder-decoder reads decoder positions; cross-attention keys and values do not."""
-    parts = name.lower().split(".")
-    cross = any(p in ("encdecattention", "encoder_attn", "crossattention") for p in parts)
-    return "decoder" in parts and not (cross and parts[-1] in ("k", "v", "k_proj", "v_proj", "key", "value"))
+    return side(name) == "decoder"
