@@ -10,11 +10,13 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -45,7 +47,9 @@ from cases import (
     train,
 )
 from lorainit import offset
-from lorainit.checkpoint import PROVENANCE_NAME, StartedLoraConfig, read_adapter
+from lorainit.adapter_folder import write_json
+from lorainit.checkpoint import PROVENANCE_NAME, read_adapter
+from lorainit.started import StartedLoraConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -295,6 +299,97 @@ def test_a_compiled_model_is_saved_like_the_model_itself(tmp_path):
     assert [s.name for s in lorainit.find_sites(compiled)[0]] == [s.name for s in lorainit.find_sites(model)[0]]
     lorainit.save_pretrained(compiled, tmp_path)
     assert torch.equal(logits(reloaded(LLAMA, tmp_path), LLAMA.batch()), logits(model, LLAMA.batch()))
+
+
+@pytest.fixture
+def resized(tmp_path):
+    """Bases from one folder that get the same new tokens, with other random rows for each seed."""
+    LLAMA.base().save_pretrained(tmp_path / "base")
+
+    def base(seed):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+        with seeded(seed):
+            model.resize_token_embeddings(45, mean_resizing=False)
+        return model
+
+    return base
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["others", "output layer"])
+@pytest.mark.parametrize("tokens", ["old", "new"])
+def test_a_resized_vocabulary_goes_with_the_adapter(targets, tokens, resized, tmp_path):
+    model = get_peft_model(resized(1), LLAMA.lora_config(target_modules=targets)).eval()
+    start(model, "pissa")
+    train(model, LLAMA.batches())
+    batch = LLAMA.batch() if tokens == "old" else {"input_ids": torch.tensor([[3, 42, 44, 7]])}
+    outputs = logits(model, batch)
+    lorainit.save_pretrained(model, tmp_path / "exact")
+    lorainit.export(tmp_path / "exact", tmp_path / "exported")
+    model.save_pretrained(tmp_path / "peft")
+    lorainit.export(tmp_path / "peft", tmp_path / "exported from peft")
+    resumed = get_peft_model(resized(2), LLAMA.lora_config(target_modules=targets)).eval()
+    lorainit.load(resumed, tmp_path / "peft")
+    folders = ["exact", "exported", "peft", "exported from peft"]
+    again = {folder: PeftModel.from_pretrained(resized(2), tmp_path / folder).eval() for folder in folders}
+    if tokens == "new" and "lm_head" in targets:  # what PEFT saves lacks the embedding then
+        again = {folder: again[folder] for folder in ("exact", "exported")}
+    else:
+        assert torch.equal(logits(resumed, batch), outputs)
+    for folder, loaded in again.items():
+        assert relative_difference(logits(loaded, batch), outputs) <= 1e-5, folder
+
+
+def test_a_load_that_is_interrupted_puts_the_output_layer_back(resized, tmp_path, monkeypatch):
+    config = {"target_modules": ["lm_head"]}
+    model = get_peft_model(resized(1), LLAMA.lora_config(**config))
+    start(model, "pissa")
+    model.save_pretrained(tmp_path / "peft")
+    again = get_peft_model(resized(2), LLAMA.lora_config(**config))
+    before = Snapshot.of(again)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lorainit.checkpoint, "mark_started", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lorainit.load(again, tmp_path / "peft")
+    before.assert_unchanged(again)
+
+
+def test_an_output_layer_is_not_saved_where_its_base_cannot_be_read_and_that_is_said(tmp_path):
+    model = LLAMA.adapted(target_modules=["lm_head"])
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "moved")
+    start(model, "pissa")
+    with pytest.warns(UserWarning, match="the config of '.*moved' cannot be read, so the weight of the adapted embedd"):
+        lorainit.save_pretrained(model, tmp_path / "out")
+    assert_plain(tmp_path / "out")
+
+
+NUMPY = {
+    "method": (lorainit.PiSSA(iterations=np.int64(3)), {}),
+    "seed": ("pissa", {"seed": np.int64(3)}),
+    "threshold": ("pissa", {"ranks": lorainit.RankRule("energy", threshold=np.float32(0.5))}),
+}
+
+
+@pytest.mark.parametrize("method, options", NUMPY.values(), ids=NUMPY)
+def test_numpy_s_scalars_are_numbers_in_the_provenance(method, options, tmp_path):
+    model = LLAMA.adapted()
+    start(model, method, **options)
+    model.save_pretrained(tmp_path / "peft")
+    lorainit.save_pretrained(model, tmp_path / "exact")
+    for folder in ("peft", "exact"):
+        record = read_json(tmp_path / folder / PROVENANCE_NAME)["start"]
+        assert 3 in (record["seed"], record["options"]["iterations"]) or record["ranks"]["threshold"] == 0.5
+    lorainit.load(LLAMA.adapted(), tmp_path / "peft")
+
+
+def test_what_json_cannot_hold_is_an_error_and_no_file(tmp_path):
+    write_json(tmp_path / "good", {"dtype": torch.bfloat16, "count": np.int64(2), "flag": np.bool_(True)})
+    assert read_json(tmp_path / "good") == {"dtype": "torch.bfloat16", "count": 2, "flag": True}
+    with pytest.raises(lorainit.LoraInitError, match=r"bad cannot hold \{1\}: JSON has no form for a set"):
+        write_json(tmp_path / "bad", {"names": {1}})
+    assert not (tmp_path / "bad").exists()
 
 
 def test_the_name_of_the_base_model_is_recorded(tmp_path):
@@ -750,6 +845,28 @@ def test_merge_beside_another_merged_adapter_is_refused():
         lorainit.merge(model)
 
 
+def test_merge_beside_an_adapter_that_is_merged_elsewhere_is_refused_by_layer():
+    model = trained(LLAMA, "pissa", target_modules=["q_proj"])
+    model.add_adapter("other", LLAMA.lora_config(target_modules=["v_proj"]))
+    model.merge_adapter(["other"])
+    before = Snapshot.of(model)
+    with pytest.raises(lorainit.LoraInitError, match=r"layer 'model\.layers\.0.*v_proj': adapter 'other' is merged"):
+        lorainit.merge(model)
+    before.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("name", ["default2", "nan", "weight"])
+def test_merge_does_not_mind_another_adapter_that_is_not_finite(name):
+    model = trained(LLAMA, "pissa")
+    outputs = logits(model, LLAMA.batch())
+    model.add_adapter(name, LLAMA.lora_config())
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if f".{name}." in key:
+                parameter.fill_(float("nan"))
+    assert relative_difference(logits(lorainit.merge(model), LLAMA.batch()), outputs) <= 1e-5
+
+
 @pytest.mark.parametrize("case", [LLAMA, TIED], ids=lambda case: case.name)
 def test_a_merge_that_is_not_finite_is_an_error_and_changes_nothing(case):
     model = trained(case, "pissa")
@@ -901,6 +1018,17 @@ def test_saving_layers_without_a_config_is_refused(tmp_path):
         lorainit.save_pretrained(bare, tmp_path)
 
 
+def test_an_adapter_inside_one_of_another_kind_is_not_saved(tmp_path):
+    model = get_peft_model(LLAMA.base(), LLAMA.lora_config(), mixed=True)
+    start(model, "pissa")
+    lorainit.save_pretrained(model, tmp_path / "alone")
+    reloaded(LLAMA, tmp_path / "alone")
+    model.add_adapter("around", peft.LoHaConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(lorainit.LoraInitError, match=r"layer '.*q_proj': its LoRA layer is inside a loha layer"):
+        lorainit.save_pretrained(model, tmp_path / "inside")
+    assert not (tmp_path / "inside").exists()
+
+
 def test_a_variant_of_lora_is_not_saved_as_a_plain_one(tmp_path):
     model = LLAMA.adapted(kasa_config=peft.tuners.lora.config.KasaConfig())
     with pytest.raises(lorainit.LoraInitError, match="adapter 'default' is no plain LoRA: .*kasa_config"):
@@ -997,6 +1125,107 @@ def test_peft_s_weighted_sum_of_a_started_and_another_adapter_is_right_or_an_err
         return
     for name, update in updates(model, "cat").items():
         torch.testing.assert_close(update, exact[name], rtol=1e-4, atol=1e-5)
+
+
+COMBINATIONS = {
+    "one": (["default"], [1.0], "linear", {}),
+    "half of one": (["default"], [0.5], "linear", {}),
+    "pruned": (["default"], [1.0], "magnitude_prune", {"density": 0.5}),
+    "sum": (["default", "other"], [0.5, 0.25], "linear", {}),
+    "ties": (["default", "other"], [0.5, 0.25], "ties", {"density": 1.0}),
+    "dropped": (["default", "other"], [0.5, 0.25], "dare_linear", {"density": 1.0}),
+    "svd": (["default", "other"], [0.5, 0.25], "svd", {}),
+}
+
+
+@pytest.mark.parametrize("case, config", [(LLAMA, {}), VARIANTS["rslora patterns"]], ids=["llama", "rslora patterns"])
+@pytest.mark.parametrize("adapters, weights, kind, options", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_what_peft_combines_is_saved_as_the_adapter_that_it_is(
+    case, config, adapters, weights, kind, options, tmp_path
+):
+    model = trained(case, "pissa", **config)
+    model.add_adapter("other", case.lora_config(**config))
+    start(model, "milora", adapter_name="other")
+    model.set_adapter("other")
+    train(model, case.batches())
+    model.add_weighted_adapter(adapters, weights, "sum", combination_type=kind, **options)
+    model.set_adapter("sum")
+    outputs = logits(model, case.batch())
+    model.save_pretrained(tmp_path / "peft")
+    lorainit.save_pretrained(model, tmp_path / "exact", adapter_name="sum")
+    lorainit.export(tmp_path / "peft" / "sum", tmp_path / "exported")
+    for folder in ("peft/sum", "exact", "exported"):
+        assert relative_difference(logits(reloaded(case, tmp_path / folder), case.batch()), outputs) <= 1e-5, folder
+    assert not (tmp_path / "peft" / "sum" / PROVENANCE_NAME).exists()
+
+
+def test_an_adapter_of_the_config_of_one_in_offset_form_is_refused(tmp_path):
+    model = trained(LLAMA, "pissa")
+    model.save_pretrained(tmp_path / "before")
+    for add in (
+        lambda: model.add_adapter("ref", model.peft_config["default"]),
+        lambda: reduce_intruder_dimension(model, logging_sink=None),
+    ):
+        with pytest.raises(lorainit.LoraInitError, match="cannot be made from the config of adapter 'default'"):
+            add()
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(copy.deepcopy(model), LLAMA.batch()), logits(model, LLAMA.batch()))
+    assert lorainit.load(model, tmp_path / "before").method == "pissa"
+
+
+def test_the_adapter_that_was_saved_can_be_edited_by_peft(tmp_path):
+    lorainit.save_pretrained(trained(LLAMA, "pissa"), tmp_path / "exact")
+    model = reloaded(LLAMA, tmp_path / "exact")
+    reduce_intruder_dimension(model, logging_sink=None)
+    lorainit.save_pretrained(model, tmp_path / "reduced", adapter_name="intruder_reduced")
+    outputs = logits(model, LLAMA.batch())
+    assert relative_difference(logits(reloaded(LLAMA, tmp_path / "reduced"), LLAMA.batch()), outputs) <= 1e-5
+
+
+def second(config):
+    """A model with a fresh adapter beside another one."""
+    model = LLAMA.adapted()
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    return model
+
+
+# who else gets the config, and what is in the folder that is then saved
+REUSES = {
+    "another model": ("pissa", lambda config: get_peft_model(LLAMA.base(), config), ""),
+    "a copy, another model": ("pissa", lambda config: get_peft_model(LLAMA.base(), copy.deepcopy(config)), ""),
+    "a copy, a second adapter": ("pissa", lambda config: second(copy.deepcopy(config)), "second"),
+    "a second adapter, no offset": ("kaiming", second, "second"),
+}
+
+
+@pytest.mark.parametrize("method, reuse, folder", REUSES.values(), ids=REUSES)
+def test_another_adapter_of_a_started_config_is_saved_as_what_it_is(method, reuse, folder, tmp_path):
+    first = trained(LLAMA, method)
+    outputs = logits(first, LLAMA.batch())
+    other = reuse(first.peft_config["default"]).eval()
+    train(other, LLAMA.batches())
+    for name, model in {"other": other, "first": first}.items():
+        model.save_pretrained(tmp_path / name)
+    expected = logits(other, LLAMA.batch())
+    assert relative_difference(logits(reloaded(LLAMA, tmp_path / "other" / folder), LLAMA.batch()), expected) <= 1e-5
+    assert relative_difference(logits(reloaded(LLAMA, tmp_path / "first"), LLAMA.batch()), outputs) <= 1e-5
+    assert read_json(tmp_path / "first" / PROVENANCE_NAME)["form"] == "training"
+
+
+def test_a_save_over_a_checkpoint_does_not_leave_its_provenance(tmp_path):
+    first = trained(LLAMA, "pissa")
+    first.save_pretrained(tmp_path)
+    other = get_peft_model(LLAMA.base(), first.peft_config["default"])
+    other.save_pretrained(tmp_path)
+    assert not (tmp_path / PROVENANCE_NAME).exists()
+    lorainit.export(tmp_path, tmp_path / "exported")
+    assert (
+        relative_difference(
+            logits(reloaded(LLAMA, tmp_path / "exported"), LLAMA.batch()), logits(other.eval(), LLAMA.batch())
+        )
+        <= 1e-5
+    )
 
 
 def test_the_state_dict_that_peft_saves_is_plain_and_complete():

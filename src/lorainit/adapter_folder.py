@@ -11,20 +11,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import LoraInitError
-from .sites import base_editing_init
+from .sites import base_editing_init, site_name
 from .version import __version__
 
 PROVENANCE_NAME = "lorainit.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
 # fields of LoraConfig that put something between A and B, or change W or the input
@@ -48,8 +50,8 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, dict[str, Te
         raise LoraInitError(f"{path} holds a {config.peft_type} adapter, not LoRA")
     weights = path / WEIGHTS_NAME
     if not weights.is_file():
-        pickled = (path / "adapter_model.bin").is_file()
-        hint = "; it holds adapter_model.bin, a pickle, which is never loaded" if pickled else ""
+        pickled = (path / PICKLE_NAME).is_file()
+        hint = f"; it holds {PICKLE_NAME}, a pickle, which is never loaded" if pickled else ""
         raise LoraInitError(f"{path} has no {WEIGHTS_NAME}{hint}")
     try:
         return config, load_file(weights)
@@ -87,6 +89,45 @@ def plain_fields(config: LoraConfig, ranks: dict[str, tuple[int, float]]) -> dic
         "alpha_pattern": {keys[name]: a for name, (_, a) in pairs.items() if a != alpha},
         "init_lora_weights": True,
     }
+
+
+def refitted_fields(config: LoraConfig, rows: dict[str, int]) -> dict[str, Any]:
+    """Return the config fields that give every layer the rank of its tensors and the scaling that it has.
+
+    Args:
+        config: gives each layer its scaling, and expert parameters their rank too.
+        rows: what `written_rows` finds.
+    """
+    ranks: dict[str, tuple[int, float]] = {}
+    for name, count in rows.items():
+        experts = expert_names(config, name)
+        ranks |= {each: config_rank(config, each) for each in experts}  # their rows are those of all experts
+        if not experts:
+            ranks[name] = (count, config_rank(config, name)[1])
+    fields = plain_fields(config, ranks)
+    del fields["init_lora_weights"]
+    return fields
+
+
+def written_rows(folder: Path) -> dict[str, int]:
+    """Return how many rows every layer's A has in a folder's weights, by name; nothing where there are none.
+
+    Raises:
+        LoraInitError: the file is damaged.
+    """
+    file = folder / WEIGHTS_NAME
+    if not file.is_file() or (folder / PICKLE_NAME).is_file():
+        return {}  # of two files, one is older
+    rows: dict[str, int] = {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - no dict
+                stem, _, factor = key.rpartition(".lora_")
+                if factor in ("A.weight", "embedding_A"):
+                    rows[site_name(stem)] = tensors.get_slice(key).get_shape()[0]
+    except SafetensorError as error:
+        raise LoraInitError(f"{file} is damaged: {error}") from error
+    return rows
 
 
 def tidy(alpha: float) -> int | float:
@@ -162,5 +203,17 @@ def write_folder(path: Path, tensors: dict[str, Tensor], config: LoraConfig, rec
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a value as indented JSON with sorted keys."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    """Write a value as indented JSON with sorted keys; NumPy's scalars and torch's dtypes become JSON's.
+
+    Raises:
+        LoraInitError: it holds something else that JSON has no form for.
+    """
+
+    def as_json(part: object) -> object:
+        if isinstance(part, np.generic):
+            return part.item()
+        if isinstance(part, torch.dtype):
+            return str(part)
+        raise LoraInitError(f"{path} cannot hold {part!r}: JSON has no form for a {type(part).__name__}")
+
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, default=as_json) + "\n")

@@ -4,23 +4,23 @@ Two ways lead to a folder, both loadable by PEFT alone:
 
 - `save_pretrained` writes the finished adapter: exact (rank 2r where the start runs in offset form), or truncated.
 - PEFT's own ``save_pretrained`` and with it every Trainer checkpoint. Adapters in offset form appear in their state
-  dict as the equivalent plain rank-2r LoRA (see `lorainit.offset`), and `StartedLoraConfig` writes the ranks that go
-  with it. Such a folder also resumes training: load it into a model that was started, or into a fresh one with `load`.
+  dict as the equivalent plain rank-2r LoRA (see `lorainit.offset`), and the config (`lorainit.started`) writes the
+  ranks that go with it. Such a folder also resumes training: load it into a model that was started, or into a fresh
+  one with `load`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -34,14 +34,13 @@ from .adapter_folder import (
     config_rank,
     expert_names,
     plain_config,
-    plain_fields,
     provenance,
     read_adapter,
     read_provenance,
     write_folder,
-    write_json,
 )
 from .apply import all_or_nothing
+from .base_weights import adapter_tensors, base_weights, is_same_to_rounding, resized_embeddings, resized_weights
 from .errors import LoraInitError
 from .experts import find_experts
 from .linalg import truncate_product
@@ -50,48 +49,7 @@ from .report import InitReport
 from .resize import resize
 from .sharding import is_partitioned
 from .sites import LoraSite, find_sites, lora_layers, pattern_name, site_name
-
-
-class StartedLoraConfig(LoraConfig):
-    """The `LoraConfig` of an adapter that lorainit started.
-
-    It behaves as the config it replaces, except that what it *saves* is the plain adapter that the state dict holds:
-    the ranks of the offset form and ``init_lora_weights: true``, with the provenance in ``lorainit.json`` beside it.
-    """
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields of the plain adapter."""
-        return super().to_dict() | self.__dict__.get("_plain", {})
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write ``adapter_config.json`` and, beside it, ``lorainit.json``."""
-        super().save_pretrained(str(save_directory), **kwargs)
-        if "_provenance" in self.__dict__:
-            write_json(Path(save_directory) / PROVENANCE_NAME, self.__dict__["_provenance"])
-
-
-def mark_started(model: nn.Module, adapter_name: str, report: InitReport) -> None:
-    """Replace the adapter's config by one that saves what the adapter now is, and remembers where it came from."""
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, dict) or not isinstance(configs.get(adapter_name), LoraConfig):
-        return  # bare layers without a PEFT config: nothing of PEFT's could save them either
-    config = configs[adapter_name]
-    started = copy.copy(config)
-    started.__class__ = StartedLoraConfig
-    ranks = {
-        pattern_name(name, layer): (
-            layer.r[adapter_name] * (2 if _in_offset_form(layer, adapter_name) else 1),
-            float(layer.scaling[adapter_name]),
-        )
-        for name, layer in lora_layers(model, adapter_name)
-    }
-    started.__dict__["_plain"] = plain_fields(config, ranks)
-    started.__dict__["_provenance"] = provenance(
-        form="training",
-        offset_layers=[n for n, layer in lora_layers(model, adapter_name) if _in_offset_form(layer, adapter_name)],
-        start=report.to_dict(),
-    )
-    configs[adapter_name] = started
+from .started import mark_started
 
 
 def save_pretrained(
@@ -103,7 +61,8 @@ def save_pretrained(
 ) -> dict[str, float]:
     """Save the adapter as ONE plain LoRA for the original base; PEFT, vLLM, ... load it without lorainit.
 
-    Nothing of the base is written, not even what PEFT adds by itself: the weight of an adapted output layer.
+    Nothing of the base is written, not even what PEFT adds by itself: the weight of an adapted output layer. The
+    exception is a vocabulary that was resized since the base was loaded: the embeddings then go with the adapter.
 
     Args:
         model: the model with the (trained) adapter.
@@ -117,35 +76,40 @@ def save_pretrained(
         {layer name: relative Frobenius error of its update}; zeros unless truncated.
 
     Raises:
-        LoraInitError: no such adapter, a rank below 1, an adapter that DeepSpeed ZeRO-3 partitions, or one that is no
-            LoRA for the original base: a variant with another forward, or one for which PEFT has edited the base.
+        LoraInitError: no such adapter, a rank below 1, an adapter that DeepSpeed ZeRO-3 partitions, one inside an
+            adapter of another kind (`peft.PeftMixedModel`), or one that is no LoRA for the original base: a variant
+            with another forward, or one for which PEFT has edited the base.
     """
     _check_rank(rank)
     layers = lora_layers(model, adapter_name)
     _check_here(layers, adapter_name)
+    _check_not_wrapped(model)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, LoraConfig):
         raise LoraInitError(f"{type(model).__name__} holds no LoraConfig for adapter '{adapter_name}'")
     check_plain(config, f"adapter '{adapter_name}'")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    source = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
     with unpacked(model):
-        tensors = _adapter_tensors(get_peft_model_state_dict(model, adapter_name=adapter_name))
+        state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        tensors = adapter_tensors(state) | resized_embeddings(model, state, source)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     ranks: dict[str, tuple[int, float]] = {}
     for name, layer in layers:
-        ranks[pattern_name(name, layer)] = (layer.r[adapter_name], float(layer.scaling[adapter_name]))
-        if adapter_name in layer.lora_A and not isinstance(layer, ParamWrapper):
-            lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-            if _is_one_pair(offset.trained_factor(lora_A), offset.trained_factor(lora_B), layer.r[adapter_name]):
-                pairs[PREFIX + name] = offset.update_factors(lora_A, lora_B)
-        elif _in_offset_form(layer, adapter_name):  # expert parameters
-            stem, key = PREFIX + name, pattern_name(name, layer)
-            factors = offset.update_factors(layer.lora_A[adapter_name], layer.lora_B[adapter_name])
-            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = factors
-            ranks[key] = (2 * ranks[key][0], ranks[key][1])
+        stem, key, scaling = PREFIX + name, pattern_name(name, layer), float(layer.scaling[adapter_name])
+        ranks[key] = (layer.r[adapter_name], scaling)
+        if adapter_name not in layer.lora_A:
+            continue  # an embedding
+        # the factors have the rank: what PEFT's add_weighted_adapter makes of an offset form, its layers misstate
+        a, b = offset.update_factors(layer.lora_A[adapter_name], layer.lora_B[adapter_name])
+        if isinstance(layer, ParamWrapper):
+            tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = a, b
+            ranks[key] = (a.shape[0] // layer.num_experts, scaling)
+        elif _is_one_pair(a, b, a.shape[0]):
+            pairs[stem] = (a, b)
     errors = dict.fromkeys((name for name, _ in layers), 0.0) | _write_pairs(pairs, rank, tensors, ranks)
     plain = plain_config(config, ranks)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    plain.base_model_name_or_path = plain.base_model_name_or_path or getattr(base, "name_or_path", None) or None
+    plain.base_model_name_or_path = source
     if plain.task_type is None:  # what PEFT's Auto classes go by then
         plain.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     start = config.__dict__.get("_provenance", {}).get("start")
@@ -173,9 +137,9 @@ def export(
         LoraInitError: not a LoRA adapter folder, a damaged one, or not for the original base (see `save_pretrained`).
     """
     _check_rank(rank)
-    config, tensors = read_adapter(source)
+    config, stored = read_adapter(source)
     check_plain(config, str(source))
-    tensors = _adapter_tensors(tensors)
+    tensors = adapter_tensors(stored) | resized_weights(stored, config.base_model_name_or_path)
     record = read_provenance(Path(source))
     offsets = record.get("offset_layers", ()) if record.get("form") == "training" else ()
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -211,7 +175,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
     """Put a fresh adapter into the state that PEFT or a Trainer saved while it was in training; no data, no re-run.
 
     The offset form is rebuilt from the file, bit for bit, so that training goes on where it stopped. (A folder made by
-    `save_pretrained` or `export` is a finished plain adapter: load it with `peft.PeftModel.from_pretrained`.)
+    `save_pretrained` or `export` is a finished plain adapter: load it with `peft.PeftModel.from_pretrained`.) PEFT puts
+    the weight of an adapted output layer into it; where the model has another one, as after its vocabulary was resized
+    with new random rows, it gets that of the file.
 
     Args:
         model: a model whose adapter was made with the same `LoraConfig`.
@@ -236,7 +202,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         raise LoraInitError(f"{path / PROVENANCE_NAME} is damaged: {error!r}") from error
     if any(row.base == "subtract" for row in report.layers):
         raise LoraInitError(f"{path}: started with base='subtract'; call lorainit.initialize again with the same seed")
-    tensors = _adapter_tensors(read_adapter(path)[1])
+    stored = read_adapter(path)[1]
     sites: list[LoraSite] = [*find_sites(model, adapter_name)[0], *find_experts(model, adapter_name)[0]]
     ratios = {row.name: row.rate_ratio for row in report.layers if row.rate_ratio is not None}
     with all_or_nothing() as undo, unpacked(model):
@@ -252,7 +218,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
             offset.detach(site.lora_A, site.lora_B)
             if site.name in in_offset_form:
                 offset.attach(site.lora_A, site.lora_B, experts=site.experts)
-        present = _adapter_tensors(get_peft_model_state_dict(model, adapter_name=adapter_name))
+        state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        saved, held = base_weights(stored), base_weights(state)
+        others = [key for key in saved.keys() & held.keys() if not is_same_to_rounding(saved[key], held[key])]
+        tensors = adapter_tensors(stored) | {key: saved[key] for key in others}
+        present = adapter_tensors(state) | {key: held[key] for key in others}
         _check_same_tensors(path, tensors, present)
         for tensor in present.values():
             undo.remember_tensor(tensor)
@@ -275,12 +245,15 @@ def merge(model: nn.Module, *, adapter_name: str = "default") -> nn.Module:
     layers = lora_layers(model, adapter_name)
     if not isinstance(model, PeftModel):
         raise LoraInitError(f"{type(model).__name__} is no peft.PeftModel; only that can merge")
-    for name, layer in layers:
-        others = [other for other in layer.merged_adapters if other != adapter_name]
+    for name, layer in model.named_modules():  # those without the adapter as well: they are in the result
+        merged = layer.merged_adapters if isinstance(layer, BaseTunerLayer) else []
+        others = [other for other in merged if other != adapter_name]
         if others:
-            raise LoraInitError(f"layer '{name}': adapter '{others[0]}' is merged into the base; unmerge it first")
+            raise LoraInitError(
+                f"layer '{site_name(name)}': adapter '{others[0]}' is merged into the base; unmerge it first"
+            )
     for name, parameter in model.named_parameters():
-        if ".lora_" in name and f".{adapter_name}" in name and not torch.isfinite(parameter).all():
+        if _adapter_of(name) == adapter_name and not torch.isfinite(parameter).all():
             raise LoraInitError(f"adapter '{adapter_name}' cannot be merged: {name} holds NaN or infinity")
     users: Counter[int] = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for _, layer in layers:
@@ -298,8 +271,20 @@ def merge(model: nn.Module, *, adapter_name: str = "default") -> nn.Module:
         raise LoraInitError(f"adapter '{adapter_name}' cannot be merged: {error}") from error
 
 
-def _in_offset_form(layer: LoraLayer, adapter_name: str) -> bool:
-    return adapter_name in layer.lora_A and offset.is_attached(layer.lora_A[adapter_name])
+def _adapter_of(parameter_name: str) -> str | None:
+    """Return the adapter that a parameter such as ``q_proj.lora_A.default.weight`` is of."""
+    _, found, factor = parameter_name.rpartition(".lora_")
+    return factor.partition(".")[2].partition(".")[0] if found else None
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    for name, outer in model.named_modules():
+        of_another_kind = isinstance(outer, BaseTunerLayer) and not isinstance(outer, LoraLayer)
+        if of_another_kind and isinstance(getattr(outer, "base_layer", None), LoraLayer):
+            raise LoraInitError(
+                f"layer '{site_name(name)}': its LoRA layer is inside a {type(outer).__module__.split('.')[-2]} layer, "
+                "and PEFT would not find it again by that name; delete the other adapter first"
+            )
 
 
 def _check_here(layers: list[tuple[str, LoraLayer]], adapter_name: str) -> None:
@@ -342,14 +327,6 @@ def _check_same_tensors(path: Path, saved: dict[str, Tensor], present: dict[str,
                 f"{path / WEIGHTS_NAME} does not fit: {key} has shape {tuple(saved[key].shape)}, the adapter's is "
                 f"{tuple(tensor.shape)}"
             )
-
-
-def _adapter_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the adapter's tensors under the keys of an adapter file, whatever wraps the model.
-
-    PEFT adds the base weight of an adapted embedding or output layer, which is no part of an adapter.
-    """
-    return {PREFIX + site_name(k): v for k, v in tensors.items() if not k.endswith(".base_layer.weight")}
 
 
 def _is_one_pair(a: Tensor, b: Tensor, rank: int) -> bool:

@@ -111,3 +111,46 @@ def test_dpo_with_a_ready_adapter_takes_a_given_reference(tokenizer, tmp_path):
     assert list(model.peft_config) == ["default"]
     first = next(entry for entry in trainer.state.log_history if "rewards/margins" in entry)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def prompts():
+    return datasets.Dataset.from_dict({"prompt": ["w1 w2", "w3 w4"] * 4})
+
+
+def judged():
+    answers = {"completion": ["w5 w6", "w7 w8"] * 4, "label": [True, False] * 4}
+    return datasets.Dataset.from_dict({"prompt": ["w1 w2", "w3 w4"] * 4, **answers})
+
+
+def no_reward(completions, **_):
+    return [0.0] * len(completions)
+
+
+# trainers that compare with a reference: their data, options of the config, of the trainer
+REFERENCES = {
+    "DPO": (preferences, {}, {}),
+    "KTO": (judged, {}, {}),
+    "GRPO": (prompts, {"beta": 0.1, "num_generations": 2}, {"reward_funcs": no_reward}),
+    "RLOO": (prompts, {"beta": 0.1, "num_generations": 2}, {"reward_funcs": no_reward}),
+}
+
+
+@pytest.mark.parametrize("name, data, config, more", [(n, *r) for n, r in REFERENCES.items()], ids=REFERENCES)
+def test_a_trainer_that_would_copy_an_offset_adapter_as_its_reference_is_refused(
+    name, data, config, more, tokenizer, tmp_path
+):
+    def trainer(model, **adapter):
+        args = getattr(trl, f"{name}Config")(**options(tmp_path, **config))
+        made = getattr(trl, f"{name}Trainer")
+        return made(model=model, args=args, train_dataset=data(), processing_class=tokenizer, **more, **adapter)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        started = LLAMA.adapted()
+        cases.start(started, "pissa")
+        with pytest.raises(lorainit.LoraInitError, match=r"'ref' .* started in offset form: .*start trainer\.model"):
+            trainer(started)
+        assert list(started.peft_config) == ["default"]
+        model = trainer(LLAMA.base(), peft_config=LLAMA.lora_config()).model
+        cases.start(model, "pissa")
+        assert list(model.peft_config) == ["default"]  # the reference is the model without it
