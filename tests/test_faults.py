@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,19 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import cases
 import lorainit
 import victims
 from cases import CONV, LLAMA
-from lorainit import LoraInitError, NonFiniteError, memory, solving
+from lorainit import LoraInitError, NonFiniteError, RankRule, memory, solving
+from lorainit.apply import Undo
 from lorainit.processes import Processes
 from lorainit.statistics import Request, collect
 from lorainit.statistics.fingerprints import tensor_fingerprint
 
+Line = tuple[str, int]
 SPLIT = "memory ran out on a group of 24 layers: it was split and the data run again"
 
 
@@ -53,6 +58,94 @@ def test_killed_or_starved_processes_leave_everything_usable(outcome) -> None:
     message = outcome["starved to death"]["message"]
     assert "memory ran out while the statistics of 24 layers" in message
     assert "iterated more than once" in message
+
+
+WRITING = ("apply", "offset")  # what is half done in these is the worst
+OTHERS = ("checkpoint", "initialize", "rescale", "resize", "statistics/collect", "statistics/watch")
+FILES = {str(Path(lorainit.__file__).parent / f"{name}.py") for name in (*WRITING, *OTHERS)}
+
+
+def interrupted(action: Callable[[], object], line: Line | None = None, nth: int = 0) -> Counter[Line]:
+    """Do something, with a Ctrl-C just before a line is run for the nth time; return how often lines were run."""
+    run: Counter[Line] = Counter()
+
+    def in_function(frame: Any, event: str, _: Any) -> Any:
+        key = (frame.f_code.co_filename, frame.f_lineno)
+        run[key] += event == "line"
+        if event == "line" and key == line and run[key] == nth:
+            raise KeyboardInterrupt
+        return in_function
+
+    def in_package(frame: Any, event: str, _: Any) -> Any:
+        return in_function if frame.f_code.co_filename in FILES else None
+
+    before = sys.gettrace()
+    sys.settrace(in_package)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return run
+
+
+def two_layers() -> nn.Module:
+    return cases.Net(flat=nn.Flatten(), a=nn.Linear(8, 8), bend=nn.Tanh(), b=nn.Linear(8, cases.CLASSES))
+
+
+TWO = cases.Case(
+    "two",
+    two_layers,
+    ("a", "b"),
+    lambda: {"pixel_values": torch.randn(4, 2, 4)},
+    lambda: torch.randint(cases.CLASSES, (4,)),
+    {"r": 2},
+)
+RANKS = RankRule("energy", threshold=0.5, minimum=0)
+INTERRUPTED = {
+    "ranks": ("eva", {"ranks": RANKS}, {}, None),
+    "again": ("pissa", {"match_lr": True}, {}, "loram"),
+    "dora": ("pissa", {"ranks": RANKS}, {"use_dora": True}, None),
+    "subtract": ("pissa", {"base": "subtract"}, {}, None),
+    "gradients": ("lora-ga", {"match_lr": True}, {}, "loram"),
+}
+
+
+@pytest.mark.parametrize("files", [WRITING, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["writing", "others"])
+@pytest.mark.parametrize(
+    "method, options, config, earlier",
+    [pytest.param(*row, id=name, marks=[pytest.mark.slow] * (name != "again")) for name, row in INTERRUPTED.items()],
+)
+def test_ctrl_c_before_any_line_leaves_the_model_as_it_was(method, options, config, earlier, files) -> None:
+    batches = TWO.batches()
+
+    def fresh() -> Any:
+        model = TWO.adapted(**config)
+        if earlier:
+            cases.start(model, earlier)
+        return model.train()
+
+    def start(model: Any) -> Callable[[], object]:
+        return lambda: cases.start(model, method, data=batches, **options)
+
+    ends = tuple(f"{name}.py" for name in files)
+    for line, times in interrupted(start(fresh())).items():
+        if not line[0].endswith(ends):
+            continue
+        model = fresh()
+        before = cases.Snapshot.of(model)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(start(model), line, times)
+        before.assert_unchanged(model, buffers_remade=True)
+        assert torch.is_grad_enabled()
+
+
+def test_what_is_remembered_twice_becomes_what_it_was_at_first() -> None:
+    tensor, undo = torch.zeros(1), Undo()
+    for value in (1, 2):
+        undo.remember_tensor(tensor)
+        tensor.fill_(value)
+    undo.restore()
+    assert tensor == 0
 
 
 def too_much() -> torch.Tensor:

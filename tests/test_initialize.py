@@ -6,7 +6,10 @@ import contextlib
 import copy
 import dataclasses
 import io
+import json
 import random
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lorainit
 from cases import (
@@ -27,6 +31,7 @@ from cases import (
     METHODS,
     TIED,
     TWIN,
+    VOCAB,
     Attention,
     Net,
     Scripted,
@@ -261,6 +266,54 @@ def test_the_global_generators_are_neither_read_nor_moved(method):
     assert_same_factors(factors(second), factors(first))
 
 
+def loader(**options):
+    rows = (LLAMA.batch()["input_ids"].repeat(4, 1) + torch.arange(12)[:, None]) % VOCAB
+    items = [{"input_ids": row, "labels": row} for row in rows]
+    return DataLoader(items, batch_size=3, **options)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}], ids=["in order", "shuffled"])
+@pytest.mark.parametrize("method", ["eva", "lora-ga", "hrp", "abm"])
+def test_a_data_loader_does_not_move_the_global_generators(method, options):
+    model = LLAMA.adapted()
+    before = rng_state()
+    start(model, method, data=loader(**options))
+    assert rng_state() == before
+
+
+def test_a_data_loader_does_not_move_the_global_generators_where_the_start_fails():
+    model = LLAMA.adapted()
+    unlabelled = DataLoader([{"input_ids": row} for row in LLAMA.batch()["input_ids"]])  # pyright: ignore
+    before = Snapshot.of(model)
+    with pytest.raises(lorainit.LoraInitError, match="labels"):
+        start(model, "lora-ga", data=unlabelled)
+    before.assert_unchanged(model)
+
+
+def test_the_seed_decides_in_which_order_a_data_loader_gives_its_rows():
+    starts = []
+    for seed, state in ((5, 1), (5, 2), (6, 1)):
+        model = LLAMA.adapted()
+        with seeded(state):
+            start(model, "eva", data=loader(shuffle=True), seed=seed, max_batches=1)
+        starts.append(factors(model))
+    assert_same_factors(starts[0], starts[1])
+    assert not all(torch.equal(A, starts[2][name][0]) for name, (A, _) in starts[0].items())
+
+
+INTEGERS = {"python": 3, "numpy": np.int64(3), "torch": torch.tensor(3)}
+
+
+@pytest.mark.parametrize("seed", INTEGERS.values(), ids=INTEGERS)
+def test_a_seed_is_an_integer_of_any_kind(seed, tmp_path):
+    model, other = LLAMA.adapted(), LLAMA.adapted()
+    report = start(model, lorainit.PiSSA(iterations=np.int64(3)), seed=seed)  # pyright: ignore[reportArgumentType]
+    start(other, lorainit.PiSSA(iterations=3), seed=3)
+    assert_same_factors(factors(model), factors(other))
+    assert json.loads(json.dumps(report.to_dict()))["seed"] == 3
+    model.save_pretrained(tmp_path)
+
+
 @contextlib.contextmanager
 def default_dtype(dtype):
     torch.set_default_dtype(dtype)
@@ -291,6 +344,62 @@ def test_the_caller_s_precision_does_not_reach_the_start(method, setting):
     start(outside, method, base="subtract")
     assert_same_factors(factors(inside), factors(outside))
     assert_same_tensors(base_tensors(inside), base_tensors(outside))
+
+
+def test_threads_take_turns_because_the_default_dtype_is_the_process_s():
+    running, most = [], []
+
+    def action(site):
+        running.append(site)
+        time.sleep(0.05)
+        most.append(len(running))
+        running.pop()
+        return Factors(torch.ones(site.rank, site.in_features), torch.ones(site.out_features, site.rank))
+
+    models = [LLAMA.adapted() for _ in range(3)]
+    threads = [threading.Thread(target=start, args=(model, Scripted(action))) for model in models]
+    filters = list(warnings.filters)
+    with default_dtype(torch.float64):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.get_default_dtype() == torch.float64
+    assert most == [1, 1, 1]
+    assert warnings.filters == filters
+
+
+INFERENCE = {
+    "from the weights": ("pissa", {}),
+    "with other ranks": ("pissa", {"ranks": lorainit.RankRule("energy", threshold=0.5)}),
+    "from gradients": ("lora-ga", {}),
+}
+
+
+@pytest.mark.parametrize("method, options", INFERENCE.values(), ids=INFERENCE)
+def test_a_start_in_inference_mode_can_be_trained_and_loaded(method, options, tmp_path):
+    model, other = LLAMA.adapted(), LLAMA.adapted()
+    batches = LLAMA.batches()
+    with torch.inference_mode():
+        start(model, method, data=batches, **options)
+        assert torch.is_inference_mode_enabled()
+    start(other, method, data=batches, **options)
+    assert_same_factors(factors(model), factors(other))
+    train(model, batches)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default")
+
+
+def test_tensors_that_were_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        model, batches = LLAMA.adapted(), CONV.batches()
+    with pytest.raises(lorainit.LoraInitError, match=r"embed_tokens\.weight' was made under torch\.inference_mode"):
+        start(model, "pissa")
+    other = CONV.adapted()
+    before = Snapshot.of(other)
+    with pytest.raises(lorainit.LoraInitError, match="batches were made under torch.inference_mode"):
+        start(other, "lora-ga", data=batches)
+    before.assert_unchanged(other)
 
 
 @each_method
@@ -636,6 +745,7 @@ WRONG = {
     "class": ({"method": lorainit.LoRAM}, "a method is a name or a lorainit method object"),
     "base": ({"base": "residual"}, r"base='residual' is not one of \['auto', "),
     "on_unsupported": ({"on_unsupported": "skip"}, r"on_unsupported='skip' is not one of \['error', 'default'\]"),
+    "seed": ({"seed": 0.5}, "seed must be an integer, got 0.5"),
     "adapter": ({"adapter_name": "nope"}, r"'nope'; adapters on this model: \['default'\]"),
 }
 
@@ -684,6 +794,27 @@ def test_a_merged_adapter_is_refused():
     before = Snapshot.of(model)
     with pytest.raises(lorainit.LoraInitError, match="'default' is merged into the base; unmerge it first"):
         start(model, "loram")
+    before.assert_unchanged(model)
+
+
+def test_an_adapter_that_is_merged_into_another_layer_is_refused_and_stays_merged():
+    model = LLAMA.adapted(target_modules=["q_proj"])
+    model.add_adapter("other", LLAMA.lora_config(target_modules=["v_proj"], init_lora_weights=False))
+    model.merge_adapter(["other"])
+    before = Snapshot.of(model)
+    with pytest.raises(lorainit.LoraInitError, match=r"v_proj': adapter 'other' is merged into the base"):
+        start(model, "lora-ga", data=LLAMA.batches())
+    before.assert_unchanged(model)
+    layers = [module for name, module in model.named_modules() if name.endswith("v_proj")]
+    assert [layer.merged_adapters for layer in layers] == [["other"]] * len(layers)
+
+
+@each_method
+def test_a_scaling_of_0_is_refused(method):
+    model = LLAMA.adapted(lora_alpha=0)
+    before = Snapshot.of(model)
+    with pytest.raises(lorainit.LoraInitError, match=r"q_proj': the scaling of adapter 'default' is 0"):
+        start(model, method, data=LLAMA.batches())
     before.assert_unchanged(model)
 
 

@@ -33,6 +33,10 @@ WRITES = {
     "data of another shape": lambda m: setattr(m.weight, "data", torch.zeros(1)),
     "rows": lambda m: m.weight.__setitem__(slice(0, 1), 0),
     "added": lambda m: m.weight.__iadd__(1),
+    "frozen": lambda m: m.weight.requires_grad_(False),
+    "frozen by its flag": lambda m: setattr(m.weight, "requires_grad", False),
+    "output": lambda m: torch.mul(m.trained, 2, out=m.weight),
+    "one of several outputs": lambda m: torch.max(torch.ones(2, 3), 0, out=(m.weight, torch.zeros(3).long())),
 }
 
 
@@ -91,6 +95,7 @@ def test_the_guard_is_for_the_tensor_that_is_written_to_only():
     target.copy_(guarded)
     target.add_(guarded)
     assert torch.equal(target, torch.full((3,), 2.0))
-    guarded.requires_grad_(False)
+    torch.add(guarded, guarded, out=target)
+    assert torch.equal(target, torch.full((3,), 2.0))
     with pytest.raises(RuntimeError, match="weakref"):
         torch.utils.swap_tensors(guarded, torch.zeros(3).as_subclass(ReadOnlyTensor))

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 import lorainit
-from cases import LLAMA, TIED, TWIN, Attention, Experts, Net, each_case, each_dtype, seeded
+from cases import LLAMA, TIED, TWIN, Attention, Experts, Net, each_case, each_dtype, mixtral, seeded, with_experts
 from lorainit.sites import lora_layers, site_name, trained_shape
 
 KINDS = {
@@ -152,6 +152,29 @@ def test_a_merged_adapter_is_refused_whether_it_is_the_one_to_start_or_another(m
     model.merge_adapter([merged])
     with pytest.raises(lorainit.LoraInitError, match=rf"q_proj': adapter '{merged}' is merged.*unmerge"):
         lorainit.find_sites(model, "default")
+
+
+def test_an_adapter_that_is_merged_into_a_layer_without_the_one_to_start_is_refused_too():
+    model = LLAMA.adapted(target_modules=["q_proj"])
+    model.add_adapter("other", LLAMA.lora_config(target_modules=["v_proj"]))
+    model.merge_adapter(["other"])
+    with pytest.raises(
+        lorainit.LoraInitError, match=r"layers\.0\.self_attn\.v_proj': adapter 'other' is merged.*unmerge"
+    ):
+        lorainit.find_sites(model, "default")
+
+
+NOTHING = {
+    "lora_alpha": lambda: LLAMA.adapted(lora_alpha=0),
+    "alpha_pattern": lambda: LLAMA.adapted(alpha_pattern={"layers.0.self_attn.q_proj": 0}),
+    "experts": lambda: with_experts(mixtral(), lora_alpha=0),
+}
+
+
+@pytest.mark.parametrize("make", NOTHING.values(), ids=NOTHING)
+def test_a_scaling_of_0_is_refused_by_layer(make):
+    with pytest.raises(lorainit.LoraInitError, match=r"layer '.*layers\.0\..*': the scaling of adapter 'default' is 0"):
+        lorainit.find_sites(make())
 
 
 def test_layers_on_the_meta_device_are_refused_by_name():

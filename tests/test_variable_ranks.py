@@ -209,6 +209,16 @@ def test_a_failure_gives_every_layer_its_rank_and_its_adapter_back(at, error):
     snapshot.assert_unchanged(model)
 
 
+def test_the_config_that_the_user_holds_stays_for_other_models():
+    config = LLAMA.lora_config(r=3)
+    model, other = (cases.get_peft_model(LLAMA.base(), config) for _ in range(2))
+    before = config.to_dict()
+    cases.start(model, "pissa", ranks="budget")
+    assert len(set(ranks(model).values())) > 1
+    assert config.to_dict() == before
+    assert other.peft_config["default"] is config
+
+
 @pytest.mark.parametrize("method", OTHERS, ids=str)
 def test_a_method_without_components_says_so_before_it_touches_anything(method):
     model = LLAMA.adapted(r=2)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
+import operator
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from tqdm.auto import tqdm
 
 from . import checkpoint, offset, rescale, serving, sharding
@@ -31,6 +36,7 @@ from .calibration import (
 from .cost import measure
 from .errors import LoraInitError, UnsupportedLayerError
 from .experts import find_experts
+from .generators import layer_generator
 from .methods import Factors, Method, get_method
 from .methods.auto import Auto, Choice
 from .methods.method import Fit, TrainedMethod
@@ -44,6 +50,9 @@ from .sites import LoraSite, base_editing_init, find_sites, lora_layers
 from .solving import Known, each_layer
 from .statistics.batches import iterate
 from .statistics.place import Offload, Place
+
+# the default dtype, the filters of warnings and the random state are the process's, not a thread's
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def initialize(
@@ -70,7 +79,8 @@ def initialize(
 
     Call it once, right after the adapter was added and before an optimizer is made. The base weights stay bit-identical
     (unless ``base="subtract"``); on any failure, Ctrl-C included, the model is as it was. The global random state is
-    neither read nor moved.
+    neither read nor moved: what the data draw from it (the order of a DataLoader) comes from ``seed``. Threads that
+    start models take turns.
 
     Args:
         model: a `peft.PeftModel`, or any module that holds PEFT LoRA layers (Transformers' and Diffusers'
@@ -78,7 +88,7 @@ def initialize(
         method: a name (see `lorainit.available`) or a method object such as ``lorainit.PiSSA(exact=True)``.
         data: batches as the model takes them, for methods that need them; the data-free methods leave it untouched.
         adapter_name: which adapter to start.
-        seed: of everything random in the start. Each layer draws from its own stream, keyed by its name.
+        seed: of everything random in the start, an integer. Each layer draws from its own stream, keyed by its name.
         base: what to do about BA ≠ 0. ``"offset"`` runs y = Wx + s(BA − B₀A₀)x with B₀A₀ frozen, exactly a no-op at
             step 0; ``"keep"`` lets the function move by s·BA; ``"subtract"`` edits the base, W ← W − s·B₀A₀. ``"auto"``
             takes what the method's paper means: offset where the function is to be preserved, else keep.
@@ -119,7 +129,8 @@ def initialize(
         The report: one row a layer; ``print`` it, or ``to_dict()`` for JSON.
 
     Raises:
-        LoraInitError: a wrong argument, a model without LoRA, an adapter that is merged or whose base PEFT has edited.
+        LoraInitError: a wrong argument, a model without LoRA, an adapter that is merged, whose base PEFT has edited or
+            whose scaling is 0, or tensors that were made under `torch.inference_mode`.
         UnsupportedLayerError: a layer that the method cannot start.
         NonFiniteError: NaN or infinity in a weight or in the start.
 
@@ -132,31 +143,32 @@ def initialize(
         '1.155'
     """
     processes = Processes(process_group)
-    with processes.failing_together():
+    # what is outermost knows of the errors of other processes, too
+    with _outside_inference_mode(), all_or_nothing() as undo, processes.failing_together():
         _check_choice("base", base, ("auto", *get_args(Base)))
         _check_choice("on_unsupported", on_unsupported, ("error", "default"))
         _check_choice("match_lr", match_lr, (False, True, "curvature"))
-        return _initialize(
-            _Call(
-                model=unwrapped(model),
-                asked=get_method(method),
-                data=data,
-                adapter_name=adapter_name,
-                seed=seed,
-                base=base,
-                max_batches=max_batches,
-                memory_budget=parse_bytes(memory_budget),
-                ranks=ranks,
-                micro_batch=micro_batch,
-                place=Place.of(offload),
-                cache=cache,
-                proxy_data=proxy_data,
-                skip=on_unsupported,
-                match_lr=match_lr,
-                processes=processes,
-                progress=progress,
-            )
+        call = _Call(
+            model=unwrapped(model),
+            asked=get_method(method),
+            data=data,
+            adapter_name=adapter_name,
+            seed=_as_integer("seed", seed),
+            base=base,
+            max_batches=max_batches,
+            memory_budget=parse_bytes(memory_budget),
+            ranks=ranks,
+            micro_batch=micro_batch,
+            place=Place.of(offload),
+            cache=cache,
+            proxy_data=proxy_data,
+            skip=on_unsupported,
+            match_lr=match_lr,
+            processes=processes,
+            progress=progress,
         )
+        with _turn(processes), _ordinary_tensors(call.model), _own_draws(call.model, call.seed):
+            return _initialize(call, undo)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,14 +228,15 @@ class _Started(NamedTuple):
     details: dict[str, Any]
 
 
-def _initialize(call: _Call) -> InitReport:
+def _initialize(call: _Call, undo: Undo) -> InitReport:
     """Do what `initialize` does, in one of the processes that do it."""
     call = _chosen(call)
     model, adapter_name = call.model, call.adapter_name
     sites, unsupported = _find(call)
     _check_agreement(call, sites)
     layers = lora_layers(model, adapter_name)
-    with all_or_nothing() as undo, unpacked(model), uncompiled():
+    undo.remember_switches(model)
+    with unpacked(model), uncompiled():
         scalings = rescale.begin(model, adapter_name, undo, needed=bool(call.match_lr))
         with measure() as cost:
             started = _start(call, sites, undo)
@@ -240,7 +253,7 @@ def _initialize(call: _Call) -> InitReport:
             layers=tuple(rows[name] for name, _ in layers),
             seconds=cost.seconds,
             peak_bytes=cost.peak_bytes,
-            ranks=dataclasses.asdict(call.rule),
+            ranks={name: _as_json(value) for name, value in dataclasses.asdict(call.rule).items()},
             warnings=(*started.warnings, *serving.remarks(started.rows.values())),
             details=started.details,
         )
@@ -355,6 +368,60 @@ def _chosen(call: _Call) -> _Call:
         features = {name: value for name, value in found.to_dict().items() if isinstance(value, float)}
     choice = auto.choose(features, with_data=data is not None)
     return dataclasses.replace(call, chosen=choice, match_lr=call.match_lr or choice.match_lr)
+
+
+def _turn(processes: Processes) -> contextlib.AbstractContextManager[object]:
+    """Let one thread of this process at a time start a model; not where processes wait for each other in turn."""
+    return _ONE_AT_A_TIME if processes.size == 1 else contextlib.nullcontext()
+
+
+def _outside_inference_mode() -> contextlib.AbstractContextManager[object]:
+    """Make tensors that can be trained, wherever the caller is."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _ordinary_tensors(model: nn.Module) -> Iterator[None]:
+    """Raise `LoraInitError` on tensors that were made under `torch.inference_mode`, where they cannot be worked with.
+
+    Those are the parameters of a model, and batches for which gradients are needed.
+    """
+    made_there = [name for name, tensor in model.named_parameters() if not is_lazy(tensor) and tensor.is_inference()]
+    if made_there:
+        raise LoraInitError(
+            f"parameter '{made_there[0]}' was made under torch.inference_mode(), so the model cannot be trained; make "
+            "it outside"
+        )
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("Inference tensors cannot"):
+            raise
+        raise LoraInitError("the batches were made under torch.inference_mode(); make them outside") from error
+
+
+@contextlib.contextmanager
+def _own_draws(model: nn.Module, seed: int) -> Iterator[None]:
+    """Let the data draw from the seed what they would draw from the global random state, and leave that as it was.
+
+    A DataLoader without a generator of its own draws its order from it, and a number even where it keeps the order.
+    """
+    seed = layer_generator(seed, "the order of the data").initial_seed()
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _as_integer(name: str, value: Any) -> int:
+    """Return an integer of any kind, such as NumPy's, as Python's."""
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise LoraInitError(f"{name} must be an integer, got {value!r}") from error
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -542,5 +609,7 @@ def _as_json(option: Any) -> Any:
         return {"method": option.info.name, **_options(option)}
     if isinstance(option, os.PathLike):
         return os.fspath(option)
+    if isinstance(option, np.generic):
+        return option.item()
     tensors = isinstance(option, Mapping) and any(isinstance(value, Tensor) for value in option.values())
     return type(option).__name__ if tensors or isinstance(option, nn.Module) else option

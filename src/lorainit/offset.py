@@ -185,6 +185,7 @@ _OFFSET_CLASS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv3d: OffsetConv3d,
 }
 _PLAIN_CLASS = {offset: plain for plain, offset in _OFFSET_CLASS.items()}
+_ATTRIBUTES = ("stack_axis", "base_edited", "experts")  # of a module in offset form, beside the buffer
 
 
 def can_attach(module: nn.Module) -> bool:
@@ -211,17 +212,24 @@ def attach(lora_A: nn.Module, lora_B: nn.Module, *, base_edited: bool = False, e
         if type(module) not in _OFFSET_CLASS:
             raise LoraInitError(f"the offset form cannot hold a factor of type {type(module).__name__}")
         module.register_buffer("offset", whole(trained_factor(module).detach()).clone(), persistent=False)
-        module.__class__ = _OFFSET_CLASS[type(module)]
         factor = cast(OffsetFactor, module)
         factor.stack_axis, factor.base_edited, factor.experts = axis, base_edited, experts
+        module.__class__ = _OFFSET_CLASS[type(module)]  # last: the class needs the rest, and Ctrl-C may come between
 
 
 def detach(lora_A: nn.Module, lora_B: nn.Module) -> None:
-    """Turn a pair in offset form back into plain factors that hold the trained values; a plain pair is left alone."""
+    """Turn a pair in offset form back into plain factors that hold the trained values; a plain pair is left alone.
+
+    A pair that Ctrl-C has left half way between the two becomes plain as well.
+    """
     for module in (lora_A, lora_B):
         if isinstance(module, OffsetFactor):
-            del module.offset, module.stack_axis, module.base_edited, module.experts
-            cast(nn.Module, module).__class__ = _PLAIN_CLASS[type(module)]
+            cast(nn.Module, module).__class__ = _PLAIN_CLASS[type(module)]  # first: the class needs the rest
+        if can_attach(module):
+            module._buffers.pop("offset", None)
+            module._non_persistent_buffers_set.discard("offset")
+            for name in _ATTRIBUTES:
+                module.__dict__.pop(name, None)
 
 
 def update_factors(lora_A: nn.Module, lora_B: nn.Module) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from .errors import LoraInitError
 
 _GET_DATA = Tensor.data.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _SET_DATA = Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
-_HARMLESS = ("requires_grad_",)
+_SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ReadOnlyTensor(Tensor):
@@ -38,7 +38,8 @@ class ReadOnlyTensor(Tensor):
                     raise _refusal()
                 return None
             written = kwargs.get("tensor", args[0] if args else None)
-            if _writes(getattr(func, "__name__", "")) and isinstance(written, ReadOnlyTensor):
+            writes = func == _SET_REQUIRES_GRAD or _writes(getattr(func, "__name__", ""))
+            if (writes and isinstance(written, ReadOnlyTensor)) or _among(kwargs.get("out")):
                 raise _refusal()
             return func(*args, **kwargs)
 
@@ -54,14 +55,19 @@ def read_only(tensor: Tensor) -> Tensor:
 
 def _writes(name: str) -> bool:
     """Say whether a function of this name writes to its first argument."""
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
+    in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__"))
+
+
+def _among(out: Any) -> bool:
+    """Say whether what a function was given as ``out=`` is, or holds, a tensor that cannot be written to."""
+    return any(isinstance(tensor, ReadOnlyTensor) for tensor in (out if isinstance(out, (tuple, list)) else (out,)))
 
 
 def _refusal() -> LoraInitError:
     return LoraInitError(
         "this adapter runs in lorainit's offset form: its weight is computed from the trained factor and the frozen "
-        "start, so what is written to it would be lost. Start it anew with lorainit.initialize, load a checkpoint "
-        "(load_state_dict, load_adapter), write to lorainit.offset.trained_factor(module), or, to swap adapters while "
-        "serving, load what lorainit.save_pretrained has written into a plain adapter"
+        "start, so what is written to it, its flags included, would be lost. Start it anew with lorainit.initialize, "
+        "load a checkpoint (load_state_dict, load_adapter), write to lorainit.offset.trained_factor(module), or, to "
+        "swap adapters while serving, load what lorainit.save_pretrained has written into a plain adapter"
     )

@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import re
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -32,7 +30,7 @@ from .apply import Undo
 from .diagnostics.magnitude import rate_ratio
 from .errors import LoraInitError
 from .linalg import to_double
-from .sites import LoraSite, lora_layers, pattern_name
+from .sites import LoraSite, adapter_config, lora_layers, pattern_name
 
 _MARK = "_user_scalings"  # in the config's __dict__, no field: PEFT neither saves nor compares it
 
@@ -53,13 +51,15 @@ class Scalings:
 def begin(model: nn.Module, adapter_name: str, undo: Undo, *, needed: bool) -> Scalings | None:
     """Give every layer the scaling that its user gave it, which an earlier start may have changed.
 
+    From here on ``undo`` knows the adapter's config and scalings, whatever becomes of them.
+
     Returns:
         Those scalings; None where the model holds no config to save others in.
 
     Raises:
         LoraInitError: the scalings are going to be changed (``needed``), and there is no such config.
     """
-    config = _config(model, adapter_name)
+    config = adapter_config(model, adapter_name)
     if config is None:
         if needed:
             raise LoraInitError(
@@ -70,12 +70,14 @@ def begin(model: nn.Module, adapter_name: str, undo: Undo, *, needed: bool) -> S
     if needed and getattr(config, "lora_bias", False):
         raise LoraInitError("match_lr does not go with lora_bias=True: the bias would train at another rate")
     layers = lora_layers(model, adapter_name)
+    undo.remember_config(model, adapter_name)  # `mark_started` puts another in its place
+    for _, layer in layers:
+        _remember(layer, adapter_name, undo)
     before: Scalings | None = config.__dict__.get(_MARK)
     if before is None:
         return Scalings({name: layer.scaling[adapter_name] for name, layer in layers})
     _replace_config(model, adapter_name, undo, before.alpha_pattern, None)
     for name, layer in layers:
-        undo.call(functools.partial(_set, layer, adapter_name, layer.scaling[adapter_name]))
         _set(layer, adapter_name, before.by_layer[name])
     return Scalings(before.by_layer)
 
@@ -97,7 +99,7 @@ def express(site: LoraSite, ratio: float, scaling: float, undo: Undo) -> None:
     """
     if ratio == 1:
         return
-    undo.call(functools.partial(_set, site.layer, site.adapter, site.scaling))
+    _remember(site.layer, site.adapter, undo)
     _set(site.layer, site.adapter, scaling)
     with torch.no_grad():
         for module in (site.lora_A, site.lora_B):
@@ -113,7 +115,7 @@ def scale(site: LoraSite, ratio: float) -> None:
 
 def finish(model: nn.Module, adapter_name: str, user: Scalings | None, undo: Undo) -> None:
     """Write the layers' alphas into (a copy of) the config, and remember what the user gave."""
-    config = _config(model, adapter_name)
+    config = adapter_config(model, adapter_name)
     if user is None or config is None:
         return
     changed = {
@@ -130,7 +132,7 @@ def finish(model: nn.Module, adapter_name: str, user: Scalings | None, undo: Und
 
 def user_scaling(model: nn.Module, site: LoraSite) -> float:
     """Return the scaling that the user gave a layer, whatever a start has made of it."""
-    config = _config(model, site.adapter)
+    config = adapter_config(model, site.adapter)
     user: Scalings | None = config.__dict__.get(_MARK) if config is not None else None
     return float(user.by_layer[site.name]) if user else site.scaling
 
@@ -142,22 +144,25 @@ def _set(layer: LoraLayer, adapter_name: str, scaling: float) -> None:
         layer.scaling[adapter_name] = scaling
 
 
+def _remember(layer: LoraLayer, adapter_name: str, undo: Undo) -> None:
+    """Note the scaling and the alpha of a layer."""
+    scaling, alpha = layer.scaling[adapter_name], layer.lora_alpha[adapter_name]
+
+    def put_back() -> None:
+        layer.scaling[adapter_name], layer.lora_alpha[adapter_name] = scaling, alpha
+
+    undo.call(put_back)
+
+
 def _replace_config(
     model: nn.Module, adapter_name: str, undo: Undo, alpha_pattern: dict[str, Any] | None, mark: Scalings | None
 ) -> None:
     """Put a changed copy in the config's place: the user may have given the same config to other models."""
+    undo.remember_config(model, adapter_name)
     configs: dict[str, Any] = model.peft_config  # pyright: ignore[reportAssignmentType]
-    old = configs[adapter_name]
-    undo.call(lambda: configs.__setitem__(adapter_name, old))
-    new = copy.copy(old)
+    new = copy.copy(configs[adapter_name])
     new.alpha_pattern = dict(alpha_pattern or {})
     new.__dict__.pop(_MARK, None)
     if mark is not None:
         new.__dict__[_MARK] = mark
     configs[adapter_name] = new
-
-
-def _config(model: nn.Module, adapter_name: str) -> LoraConfig | None:
-    configs = getattr(model, "peft_config", None)
-    config = configs.get(adapter_name) if isinstance(configs, dict) else None
-    return config if isinstance(config, LoraConfig) else None

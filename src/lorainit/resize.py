@@ -15,7 +15,7 @@ from torch import nn
 from . import offset
 from .apply import Undo
 from .errors import LoraInitError
-from .sites import LoraSite
+from .sites import LoraSite, adapter_config
 
 _SIZES = {0: ("out_features", "out_channels"), 1: ("in_features", "in_channels")}
 
@@ -34,14 +34,17 @@ def resize(model: nn.Module, sites: Sequence[LoraSite], ranks: Mapping[str, int]
     if all(ranks[site.name] == 0 for site in sites):
         raise LoraInitError("no layer would keep its adapter: every rank would be 0")
     changed = [(site, ranks[site.name]) for site in sites if ranks[site.name] != site.rank]
-    config = _config(model, sites[0].adapter)
+    adapter = sites[0].adapter
+    config = adapter_config(model, adapter)
     for site, rank in changed:
         if rank == 0:
             _take_off(model, site, undo)
         else:
             _set_rank(site, rank, bool(config and config.use_rslora), undo)
     if config is not None and changed:
-        _write_patterns(config, changed, undo)
+        undo.remember_config(model, adapter)
+        configs: dict[str, Any] = model.peft_config  # pyright: ignore[reportAssignmentType]
+        configs[adapter] = _with_patterns(config, changed)
     return [site for site in sites if ranks[site.name] > 0]
 
 
@@ -113,16 +116,9 @@ def _owner(model: nn.Module, layer: LoraLayer) -> tuple[nn.Module, str]:
     raise LoraInitError("the layer is not part of the model")
 
 
-def _config(model: nn.Module, adapter: str) -> LoraConfig | None:
-    configs = getattr(model, "peft_config", None)
-    config = configs.get(adapter) if isinstance(configs, dict) else None
-    return config if isinstance(config, LoraConfig) else None
-
-
-def _write_patterns(config: LoraConfig, changed: Sequence[tuple[LoraSite, int]], undo: Undo) -> None:
-    """Say in the adapter's config what its layers are now."""
-    before = {key: getattr(config, key) for key in ("rank_pattern", "alpha_pattern", "exclude_modules")}
-    undo.call(lambda: config.__dict__.update(before))
+def _with_patterns(config: LoraConfig, changed: Sequence[tuple[LoraSite, int]]) -> LoraConfig:
+    """Return a copy of the adapter's config, which the user may have given to other models, with the layers as now."""
+    config = copy.copy(config)
     kept = {"^" + re.escape(site.name): site for site, rank in changed if rank > 0}
     # PEFT takes the first pattern that fits: the exact names come first
     config.rank_pattern = {key: site.rank for key, site in kept.items()} | _without(config.rank_pattern, kept)
@@ -131,6 +127,7 @@ def _write_patterns(config: LoraConfig, changed: Sequence[tuple[LoraSite, int]],
     dropped = [re.escape(site.name) for site, rank in changed if rank == 0]
     if dropped:
         config.exclude_modules = "|".join([*_as_patterns(config.exclude_modules), *dropped])
+    return config
 
 
 def _without(pattern: Mapping[str, Any] | None, names: Mapping[str, Any]) -> dict[str, Any]:

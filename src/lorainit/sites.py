@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -193,6 +195,13 @@ def pattern_name(name: str, layer: LoraLayer) -> str:
     return name
 
 
+def adapter_config(model: nn.Module, adapter_name: str) -> LoraConfig | None:
+    """Return the config of an adapter; None where the model holds none, as bare layers do."""
+    configs = getattr(model, "peft_config", None)
+    config = configs.get(adapter_name) if isinstance(configs, dict) else None
+    return config if isinstance(config, LoraConfig) else None
+
+
 def base_editing_init(config: object) -> str | None:
     """Return the ``init_lora_weights`` of an adapter's config if PEFT has edited the base weights for it, else None."""
     init = getattr(config, "init_lora_weights", True)
@@ -226,7 +235,8 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
         expert parameters, grouped or dilated convolutions, variants of LoRA, unknown layer types).
 
     Raises:
-        LoraInitError: no LoRA, an unknown adapter, or a layer with an adapter, this or another, merged into the base.
+        LoraInitError: no LoRA, an unknown adapter, an adapter that is merged into any layer of the model, or a layer
+            whose scaling is 0.
         UnsupportedLayerError: a layer whose factors or weight are not all here: on the meta device, offloaded, or split
             in another way than FSDP2's; or factors that ZeRO-3 partitions.
     """
@@ -234,11 +244,14 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
     unsupported: dict[str, str] = {}
     wrapped = sharding.wrapping(model)
     layers = lora_layers(model, adapter_name)
+    _check_unmerged(model)
     of_embeddings = _embedding_storages(layers, adapter_name)
     for name, layer in layers:
-        if layer.merged_adapters:
-            merged = layer.merged_adapters[0]
-            raise LoraInitError(f"layer '{name}': adapter '{merged}' is merged into the base; unmerge it first")
+        if layer.scaling[adapter_name] == 0:
+            raise LoraInitError(
+                f"layer '{name}': the scaling of adapter '{adapter_name}' is 0 (lora_alpha=0): it would never change "
+                "anything"
+            )
         kind = _kind(layer, adapter_name, of_embeddings)
         if kind not in _KINDS:
             unsupported[name] = kind
@@ -255,6 +268,16 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
             )
         sites.append(site)
     return sites, unsupported
+
+
+def _check_unmerged(model: nn.Module) -> None:
+    """Raise if an adapter is merged into any layer: PEFT unmerges it, not to the last bit, when the base alone runs."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and layer.merged_adapters:
+            merged = layer.merged_adapters[0]
+            raise LoraInitError(
+                f"layer '{site_name(name)}': adapter '{merged}' is merged into the base; unmerge it first"
+            )
 
 
 def _storage(tensor: Tensor) -> int:
