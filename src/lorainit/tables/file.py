@@ -159,7 +159,8 @@ def _laid_over(paper: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, 
         if not (name in changes and changes[name] is None)
     }
     recipe = merge(paper.get("recipe", {}), small.get("recipe", {}))
-    return {key: value for key, value in paper.items() if key != "notes"} | small | {"rows": rows, "recipe": recipe}
+    kept = {key: value for key, value in paper.items() if key != "notes"}
+    return {**kept, **small, "rows": rows, "recipe": recipe}
 
 
 def _check(path: Path, table: Table) -> None:

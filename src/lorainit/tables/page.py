@@ -14,13 +14,15 @@ from .table import Table
 def page(table: Table, place: Place) -> str:
     """Return a table as Markdown: each row at its own best rate, all at the reference's, and the published figures."""
     measured = Measured(table, place)
+    wanted = measured.wanted()  # not all that there is: a cell's best rate is another one where rates were added
+    done = sum(run in measured.results for run in wanted)
     shown = _metrics({table.score: table.times} | table.also)
     spread = ", mean ± standard deviation" if len(table.seeds) > 1 else ""
     lines = [
         f"## {table.title}",
         "",
-        f"Published (in italics): {table.source}. Here: `{table.name}`, {len(measured.results)} of "
-        f"{len(measured.wanted())} runs, seeds {list(table.seeds)}: {shown}{spread}.",
+        f"Published (in italics): {table.source}. Here: `{table.name}`, {done} of {len(wanted)} runs, seeds "
+        f"{list(table.seeds)}: {shown}{spread}.",
         "",
     ]
     if len(table.rates) > 1:

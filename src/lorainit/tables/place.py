@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,6 @@ def read_result(file: Path) -> dict[str, Any] | None:
         raise LoraInitError(f"{file} holds no result, delete it: {error}") from error
 
 
-def has_diverged(result: dict[str, Any]) -> bool:
+def has_diverged(result: Mapping[str, Any]) -> bool:
     """Tell whether a stored result is that of a run that diverged: it has no scores and no cost."""
     return result.get("status") == "diverged"
