@@ -121,6 +121,8 @@ def test_every_column_of_a_prompt_holds_text(tmp_path):
     for hint, message in ((3, "row 0 holds 3 .* in column 'hint', which is no text"), (None, "row 0 holds nothing")):
         with pytest.raises(LoraInitError, match=f"task 'toy': split 'train': {message}"):
             task.load_data(save(tmp_path, [{"hint": hint, "q": "a", "a": "b"}] * 2), seed=0)
+    with pytest.raises(LoraInitError, match=r"split 'train' lacks the columns \['hint'\]"):
+        task.load_data(save(tmp_path, [{"q": "a", "a": "b"}] * 2), seed=0)
 
 
 def test_wizardlm_has_the_counts_of_earlier_work(tmp_path):
@@ -145,6 +147,7 @@ def test_a_share_is_held_out_from_the_end(tmp_path):
         ({"held_out": 0.1}, "without held_out, .* held_out is 0.1"),
         ({"overlong": "pad"}, "overlong='pad' is not one of .'cut', 'drop'"),
         ({"only": ["type"]}, "is not a column and a text"),
+        ({"unwanted": "sorry"}, "unwanted='sorry' is not a list of phrases"),
     ],
 )
 def test_options_that_contradict_each_other(options, message):

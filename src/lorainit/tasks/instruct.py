@@ -28,6 +28,11 @@ ALPACA_WITH_INPUT = (
 )
 
 
+def _named(prompt: str) -> list[str]:
+    """Return the columns that a prompt names."""
+    return [column for _, column, _, _ in string.Formatter().parse(prompt) if column]
+
+
 @dataclasses.dataclass(frozen=True)
 class InstructionTask(Task):
     """A reply to a prompt; the metric is the evaluation loss in nats a token of the reply.
@@ -74,12 +79,13 @@ class InstructionTask(Task):
             )
         if self.only is not None and len(self.only) != 2:
             raise ValueError(f"only={self.only!r} is not a column and a text")
+        if isinstance(self.unwanted, str):
+            raise ValueError(f"unwanted={self.unwanted!r} is not a list of phrases")
 
     @property
     def texts(self) -> tuple[str, ...]:
         """The columns that hold text, the reply aside: those that a prompt is made of, needed or not."""
-        named = string.Formatter().parse(self.prompt + (self.prompt_with_input or ""))
-        found = [*self.columns[:-1], *(column for _, column, _, _ in named if column)]
+        found = [*self.columns[:-1], *_named(self.prompt), *_named(self.prompt_with_input or "")]
         return tuple(dict.fromkeys([*found, "input"] if self.prompt_with_input is not None else found))
 
     def load_model(self, name_or_path: str, **options: Any) -> Any:
@@ -161,6 +167,10 @@ class InstructionTask(Task):
             return {key: torch.tensor([value]) for key, value in batch.items()} | {"use_cache": False}
 
         return pack
+
+    def _check(self, rows: Dataset, where: str, columns: tuple[str, ...]) -> None:
+        """Check the rows, those columns too that only a prompt of one's own names."""
+        super()._check(rows, where, tuple(dict.fromkeys((*columns, *_named(self.prompt)))))
 
     def _without_overlong(self, encoded: Dataset, max_length: int) -> Dataset:
         kept = encoded.filter(lambda row: len(row["input_ids"]) <= max_length)
