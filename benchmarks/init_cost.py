@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -112,10 +113,10 @@ def table(found: dict[str, Any]) -> str:
         "| model | start | CPU s | s | MiB above the model | model MiB |",
         "|---|---|---|---|---|---|",
     ]
-    for key, cost in found.items():
-        if key == "provenance":
+    for name, case in itertools.product(MODELS, CASES):
+        if f"{name}/{case}" not in found:
             continue
-        name, case = key.split("/")
+        cost = found[f"{name}/{case}"]
         above = "-" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 2**20:.0f}"
         lines.append(
             f"| {name} | {case} | {cost['cpu_seconds']:.1f} | {cost['seconds']:.1f} | {above} "
