@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from datasets import Dataset
@@ -48,3 +50,8 @@ def test_the_curves_are_logged_every_k_steps_and_training_is_not_disturbed(tmp_p
 def test_wrong_arguments_are_named(data, every) -> None:
     with pytest.raises(LoraInitError, match="needs a batch and every ≥ 1"):
         DiagnosticsCallback(data, every=every)
+
+
+def test_no_more_of_the_data_is_read_than_is_kept() -> None:
+    endless = itertools.cycle(BERT.batches())
+    assert len(DiagnosticsCallback(endless, max_batches=3).batches) == 3

@@ -5,7 +5,7 @@ import torch
 from torch.func import functional_call
 
 import lorainit
-from cases import BERT, CONV, GPT2, LLAMA, Snapshot, start
+from cases import BERT, CONV, GPT2, LLAMA, Snapshot, start, train
 from lorainit import offset
 from lorainit.diagnostics.curvature import AdapterLoss, top_eigenvalue
 
@@ -81,3 +81,18 @@ def test_the_model_is_left_as_it_was() -> None:
     before = Snapshot.of(model)
     AdapterLoss(model, lorainit.find_sites(model)[0], LLAMA.batches()).sharpness(iterations=2)
     before.assert_unchanged(model)
+
+
+def test_the_curvature_is_that_of_the_adapter_alone_whichever_is_active() -> None:
+    model = LLAMA.adapted()
+    start(model, "kaiming")
+    train(model, LLAMA.batches())
+    sites = lorainit.find_sites(model)[0]
+    alone = AdapterLoss(model, sites, LLAMA.batches()).sharpness().value
+    model.add_adapter("second", LLAMA.lora_config())
+    lorainit.initialize(model, "init-ab", adapter_name="second", progress=False)
+    for active in (["second"], ["default", "second"]):
+        model.base_model.set_adapter(active)
+        with torch.no_grad():
+            assert AdapterLoss(model, sites, LLAMA.batches()).sharpness().value == pytest.approx(alone, rel=1e-6)
+        assert model.active_adapters == active

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import lorainit
-from cases import BERT, CONV, GPT2, LLAMA, TWIN, VIT, Snapshot, seeded, start, train
-from lorainit import LoraInitError, diagnose
+from cases import BERT, CONV, GPT2, LLAMA, TWIN, VIT, Snapshot, llama, seeded, start, train
+from lorainit import LoraInitError, NonFiniteError, diagnose
 from lorainit.diagnostics.magnitude import mean_square
 from lorainit.diagnostics.resampling import Sketches, interval, resamples
 from lorainit.diagnostics.tangent import Tangent, split
@@ -97,6 +97,20 @@ def test_padding_has_no_say() -> None:
     plain, with_padding = diagnose(model, [batch]), diagnose(model, [padded])
     assert with_padding.agreement == pytest.approx(plain.agreement)
     assert with_padding.information_loss == pytest.approx(plain.information_loss, rel=1e-4)
+
+
+def test_a_teacher_of_another_width_or_with_nan_is_refused() -> None:
+    model, data = LLAMA.adapted(), LLAMA.batches()
+    start(model, "kaiming")
+    with pytest.raises(
+        LoraInitError, match=r"module '.*' puts out \[.*\], in the teacher \[.*\]: it is built otherwise"
+    ):
+        diagnose(model, data, teacher=llama(intermediate_size=40))
+    broken = LLAMA.base()
+    with torch.no_grad():
+        broken.model.layers[0].mlp.gate_proj.weight[0] = math.nan
+    with pytest.raises(NonFiniteError, match="module '.*' of LlamaForCausalLM puts out NaN"):
+        diagnose(model, data, teacher=broken)
 
 
 def test_another_adapter_and_another_model_as_teacher() -> None:

@@ -184,6 +184,7 @@ def slowly(body, number):
 
 def run_told_where(pipe, path):
     """Judge in a process of its own, at the address that comes through the pipe."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started without
     judge_all(requests(30), Judge("judge", base_url=pipe.recv(), concurrency=2), Records(path), number)
 
 

@@ -65,7 +65,7 @@ def write_report(results: str | Path, output: str | Path, suite_file: str | Path
         "report.csv": table_csv(known),
     }
     for name, text in texts.items():
-        (target / name).write_text(text)
+        (target / name).write_text(text, encoding="utf-8")
     return [target / name for name in texts]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..boundaries import switches
 from ..boundaries.rows import position_mask
 from ..boundaries.tracing import layers_of, trace
-from ..errors import LoraInitError
+from ..errors import LoraInitError, NonFiniteError
 from ..statistics.batches import forward, take_rows
 from ..statistics.positions import reads_decoder
 
@@ -32,6 +32,7 @@ def watched(model: nn.Module, names: list[str]) -> Iterator[Signs]:
 
     Raises:
         LoraInitError: the model lacks one of the modules.
+        NonFiniteError: one of them puts out NaN.
     """
     named = layers_of(model)
     missing = [name for name in names if name not in named]
@@ -40,7 +41,12 @@ def watched(model: nn.Module, names: list[str]) -> Iterator[Signs]:
     signs: Signs = {name: [] for name in names}
 
     def hook(name: str) -> Any:
-        return lambda _, __, output: signs[name].append(output.detach() > 0)
+        def keep(_: Any, __: Any, output: Tensor) -> None:
+            if output.isnan().any():  # neither side of 0
+                raise NonFiniteError(f"module '{name}' of {type(model).__name__} puts out NaN")
+            signs[name].append(output.detach() > 0)
+
+        return keep
 
     with contextlib.ExitStack() as hooks:
         for name in names:
@@ -59,12 +65,18 @@ class Agreement:
         """Compare the signs of one batch.
 
         Raises:
-            LoraInitError: a module's positions cannot be told from padding, or it ran another number of times.
+            LoraInitError: a module's positions cannot be told from padding, it ran another number of times, or it is of
+                another width in the teacher.
         """
         for name, own in student.items():
             if len(own) != len(teacher[name]):
                 raise LoraInitError(f"module '{name}' ran {len(own)} times, in the teacher {len(teacher[name])} times")
             for signs, wanted in zip(own, teacher[name], strict=True):
+                if signs.shape != wanted.shape:
+                    raise LoraInitError(
+                        f"module '{name}' puts out {list(signs.shape)}, in the teacher {list(wanted.shape)}: it is "
+                        "built otherwise"
+                    )
                 keep = position_mask(name, signs, batch, model, reads_decoder(name))
                 same = signs == wanted
                 same = same if keep is None else same[keep]

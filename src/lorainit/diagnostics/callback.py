@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterable
@@ -43,7 +44,7 @@ class DiagnosticsCallback(TrainerCallback):
     def __init__(
         self, data: Iterable[Any], *, every: int = 10, adapter_name: str = "default", max_batches: int | None = 2
     ) -> None:
-        self.batches = [batch for i, batch in enumerate(data) if max_batches is None or i < max_batches]
+        self.batches = list(itertools.islice(data, max_batches))
         if not self.batches or every < 1:
             raise LoraInitError(f"a diagnosis needs a batch and every ≥ 1, got {len(self.batches)} and {every}")
         self.every, self.adapter_name = every, adapter_name

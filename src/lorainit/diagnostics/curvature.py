@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import offset
 from .._typing import Float, Tensor
+from ..boundaries import switches
 from ..errors import LoraInitError, NonFiniteError
 from ..linalg import to_double
 from ..sites import LoraSite
@@ -67,7 +68,7 @@ def top_eigenvalue(
 
 
 class AdapterLoss:
-    """The mean loss per label term over fixed batches, as a function of the trained factors of some layers."""
+    """The mean loss per label term over fixed batches, as a function of one adapter's factors, the others off."""
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class AdapterLoss:
         loss_function: LossFunction | None = None,
     ) -> None:
         """Keep the batches, on the model's device."""
-        self.model = model
+        self.model, self.adapter = model, sites[0].adapter
         self.parameters = [offset.trained_factor(m) for s in sites for m in (s.lora_A, s.lora_B)]
         self.batches = list(iterate(data, max_batches, None, self.parameters[0].device))
         self.loss_function = loss_function or summed_loss
@@ -91,14 +92,17 @@ class AdapterLoss:
             LoraInitError: an operation of the model cannot be differentiated twice.
         """
         terms, sums = 0, [torch.zeros_like(p) for p in self.parameters]
+        alone = switches.adapter(self.model, self.adapter)
         # the fused attention kernels have no second derivative
-        with only_trainable(self.model, self.parameters), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), alone, only_trainable(self.model, self.parameters), sdpa_kernel(SDPBackend.MATH):
             for loss, count in self._losses():
                 try:
                     first = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
                     pairs = [(g, v) for g, v in zip(first, vectors, strict=True) if g is not None and g.requires_grad]
                     slope = torch.stack([(g * v).sum() for g, v in pairs]).sum()
                     found = torch.autograd.grad(slope, self.parameters, allow_unused=True)
+                except torch.OutOfMemoryError:
+                    raise
                 except RuntimeError as error:
                     raise LoraInitError(f"curvature: the model cannot be differentiated twice: {error}") from error
                 for total, product in zip(sums, found, strict=True):
@@ -127,8 +131,7 @@ class AdapterLoss:
 
     def _losses(self) -> Iterator[tuple[Tensor, int]]:
         for index, batch in enumerate(self.batches):
-            with torch.enable_grad():
-                loss, terms = self.loss_function(self.model, batch)
+            loss, terms = self.loss_function(self.model, batch)
             if not torch.isfinite(loss):
                 raise NonFiniteError(f"batch {index}: the loss is {float(loss)}")
             if not loss.requires_grad:

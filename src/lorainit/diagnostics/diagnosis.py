@@ -110,7 +110,7 @@ class Diagnosis:
         """Write a self-contained page with figures; needs matplotlib."""
         from .page import render
 
-        Path(path).write_text(render(self))
+        Path(path).write_text(render(self), encoding="utf-8")
 
     def __str__(self) -> str:
         """Return the sums and a table with one row a layer."""

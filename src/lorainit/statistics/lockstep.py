@@ -100,11 +100,14 @@ class Lockstep(Passes):
             yield
         except BaseException as error:
             self._processes.leave()
-            if isinstance(error, LoraInitError) or not isinstance(error, Exception):
+            known = isinstance(error, LoraInitError)
+            # what is known without a cause is wrong in every process alike, such as data without labels
+            if not isinstance(error, Exception) or (known and error.__cause__ is None):
                 raise
+            what = str(error) if known else f"{type(error).__name__}: {error}"
             raise LoraInitError(
-                f"process {rank} of {size} failed in a pass of the sharded model: {type(error).__name__}: {error}. The "
-                "others wait there until this process ends, or for the timeout of the process group"
+                f"process {rank} of {size} failed in a pass of the sharded model: {what}. The others "
+                "wait there until this process ends, or for the timeout of the process group"
             ) from error
 
     def meet(self) -> None:
