@@ -153,6 +153,24 @@ def test_only_a_whole_output_that_nothing_else_is_added_to_feeds_an_activation()
     assert [site.name for site in chosen(Odd(), layers="all").sites] == ["quick"]
 
 
+class Attending(nn.Module):
+    """A layer before torch's own attention, which lies among torch's activations, and one before an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.up = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.attention, self.act = nn.MultiheadAttention(6, 2, batch_first=True), nn.ReLU()
+        self.config = transformers.PretrainedConfig()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.before(torch.nn.functional.one_hot(input_ids % 6, 6).to(self.up.weight.dtype))
+        return self.act(self.up(self.attention(x, x, x)[0]))
+
+
+def test_attention_is_no_activation() -> None:
+    assert [site.name for site in chosen(Attending(), layers="all").sites] == ["up"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -104,3 +104,11 @@ def test_positions_are_matched_with_the_mask_of_their_side() -> None:
     with pytest.raises(LoraInitError, match="'x'.*does not fit the attention mask"):
         position_mask("x", torch.ones(3, 7, 5), batch, model(), False)
     assert position_mask("x", torch.ones(3, 7, 5), cases.VIT.batch(), model(), False) is None
+
+
+def test_the_choices_of_a_multiple_choice_row_are_rows_of_their_own() -> None:
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]]])
+    found = position_mask("x", torch.ones(2, 3, 5), {"attention_mask": mask}, model(), False)
+    assert torch.equal(found, mask[0] != 0)
+    square = {"attention_mask": torch.tril(torch.ones(2, 3, 3))}  # queries × keys: says nothing of positions
+    assert position_mask("x", torch.ones(2, 3, 5), square, model(), False) is None

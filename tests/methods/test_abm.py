@@ -526,9 +526,93 @@ def test_nan_in_the_data_is_named() -> None:
     model = VIT.adapted()
     snapshot = cases.Snapshot.of(model)
     broken = {"pixel_values": VIT.batch()["pixel_values"] * math.nan}
-    with pytest.raises(NonFiniteError, match="stage 1, step 0: the boundary loss is nan at 'vit.layers.0.mlp.fc1'"):
+    with pytest.raises(NonFiniteError, match="teacher's output at 'vit.layers.0.mlp.fc1' holds NaN.*in the data"):
         cases.start(model, ABMLoRA(report_batches=0), data=[broken])
     snapshot.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("layer", ["gate_proj", "q_proj"])  # attention may swallow the NaN of a query
+@pytest.mark.parametrize("kind", ["adapter", "folder", "model"])
+def test_a_teacher_with_nan_is_an_error_that_names_the_layer(tmp_path, kind, layer) -> None:
+    model = taught()
+    source = copy.deepcopy(model)
+    for network in (model, source):
+        broken = {s.name: s for s in lorainit.find_sites(network, "teacher")[0]}[
+            f"model.layers.0.{'mlp' if layer == 'gate_proj' else 'self_attn'}.{layer}"
+        ]
+        with torch.no_grad():
+            broken.lora_A.weight[0, 0] = math.nan
+    source.set_adapter("teacher")
+    source.save_pretrained(tmp_path, selected_adapters=["teacher"])
+    teacher = {"adapter": "teacher", "folder": tmp_path / "teacher", "model": source}[kind]
+    if (kind, layer) == ("model", "q_proj"):
+        pytest.skip("what another model computes is all that is known of it")
+    snapshot = cases.Snapshot.of(model)
+    with pytest.raises(NonFiniteError, match=rf"teacher.*'model\.layers\.0\.\w+\.{layer}' holds NaN"):
+        started(ABMLoRA(teacher=teacher, **QUICK), model)
+    snapshot.assert_unchanged(model)
+
+
+def test_the_base_that_peft_has_wrapped_is_no_teacher() -> None:
+    base = LLAMA.base()
+    model = get_peft_model(base, LLAMA.lora_config())
+    for teacher in (base, model):
+        with pytest.raises(LoraInitError, match="is the model that is being started.*use teacher='base'"):
+            cases.start(model, ABMLoRA(teacher=teacher, **QUICK), data=LLAMA.batches())
+
+
+def test_an_adapter_that_is_called_base_leaves_no_doubt_who_teaches() -> None:
+    model = taught()
+    model.add_adapter("base", LLAMA.lora_config())
+    with pytest.raises(LoraInitError, match="could be the base model or this model's adapter named 'base'"):
+        started(ABMLoRA(**QUICK), model)
+    assert started(ABMLoRA(**QUICK), model, adapter_name="base")[1].details["teacher"] == "base"
+
+
+def test_a_teacher_that_adapts_nothing_before_the_last_site_is_the_base_and_says_so(tmp_path) -> None:
+    model = taught()
+    model.add_adapter("late", LLAMA.lora_config(target_modules=["lm_head"]))
+    model.save_pretrained(tmp_path, selected_adapters=["late"])
+    for teacher in ("late", tmp_path / "late"):
+        _, report = started(ABMLoRA(teacher=teacher, **QUICK), model)
+        assert "adapts no layer that runs before the last matched site" in " ".join(report.warnings)
+    assert "adapts no layer" not in " ".join(started(ABMLoRA(teacher="teacher", **QUICK))[1].warnings)
+
+
+def test_the_adapter_as_it_is_cannot_lose_what_its_start_froze() -> None:
+    model = taught()
+    cases.start(model, "pissa")
+    snapshot = cases.Snapshot.of(model)
+    with pytest.raises(LoraInitError, match=r"layer 'model.layers.0.self_attn.q_proj': origin='keep' would drop"):
+        started(ABMLoRA(teacher="teacher", origin="keep", **QUICK), model)
+    snapshot.assert_unchanged(model)
+    started(ABMLoRA(teacher="teacher", origin="kaiming", **QUICK), model)
+
+
+@pytest.mark.parametrize("guard", [{"max_drift": 1e-6}, {"max_kl": 1e-12}], ids=lambda guard: next(iter(guard)))
+def test_a_start_that_matches_already_and_is_past_a_guard_stays(guard) -> None:
+    model = taught(r=2)
+    taken = {s.name: s.factors() for s in lorainit.find_sites(model, "teacher")[0]}
+    for site in lorainit.find_sites(model)[0]:
+        with torch.no_grad():
+            for module, factor in zip((site.lora_A, site.lora_B), taken[site.name], strict=True):
+                module.weight.copy_(factor)
+    before = factors(model)
+    method = ABMLoRA(teacher="teacher", origin="keep", margin_kind="clipped", **(QUICK | {"batch_size": 1}), **guard)
+    _, report = started(dataclasses.replace(method, steps=12), model, data=LLAMA.batches() * 6)
+    assert set(report.details["loss_curve"]) == {0.0}
+    assert report.details["stopped"] == next(iter(guard))
+    assert_close(factors(model), before, atol=0)
+
+
+def test_the_callers_no_grad_does_not_reach_the_training() -> None:
+    model, report = started(ABMLoRA(teacher="teacher", **QUICK))
+    twin = taught()
+    with torch.no_grad():
+        other, found = started(ABMLoRA(teacher="teacher", **QUICK), twin)
+        assert not torch.is_grad_enabled()
+    assert found.details["loss_curve"] == report.details["loss_curve"]
+    assert_close(factors(other), factors(model), atol=0)
 
 
 @pytest.mark.parametrize("where", ["teach", "losses", "scores", "on_device"])
@@ -566,6 +650,9 @@ def test_ctrl_c_and_failures_leave_the_model_as_it_was(monkeypatch, where, error
         ({"layers": []}, "must list"),
         ({"margin": -1}, "margin must be at least 0"),
         ({"steps": 0}, "steps must be positive"),
+        ({"steps": 2.5}, "steps must be an integer, got 2.5"),
+        ({"samples": None}, "samples must be an integer, got None"),
+        ({"learning_rate": "3e-4"}, "learning_rate must be a number, got '3e-4'"),
         ({"teacher": ""}, "teacher is empty"),
         ({"origin": "abm"}, "short training itself"),
         ({"origin": "piss"}, "did you mean 'pissa'"),

@@ -88,8 +88,8 @@ def descend(stage: Stage, *, progress: bool) -> Course:
             course.frozen = _freeze_unreached(stage)
         # AdamW would still decay the weights of a start that has nothing to match
         idle = idle + 1 if course.curve[-1] == 0 else 0
+        rules.remember(step)  # also where no step follows: the start itself may be past a guard
         if idle == 0:
-            rules.remember(step)
             optimizer.step()
         stopped = "matched" if idle >= len(stage.train_batches) else rules.stop(step, course.curve, values)
         if stopped:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -20,6 +21,10 @@ Loss = Literal["hinge", "mse"]
 _POSITIVE = ("steps", "learning_rate", "batch_size", "samples", "iterations", "positions", "ridge")
 _NOT_NEGATIVE = ("margin", "weight_decay", "held_out", "report_batches", "cache_bytes")
 _OPTIONAL_POSITIVE = ("agreement_target", "plateau", "max_drift", "max_kl")
+_WHOLE = (
+    *("steps", "batch_size", "samples", "iterations", "positions", "held_out"),
+    *("report_batches", "cache_bytes", "plateau"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Options:
         teacher: whose boundaries to match: ``"base"``; the name of an adapter on the same model; a folder with a LoRA
             adapter of any rank; another module. The base only sharpens a start with BA = 0 (the report says so).
         origin: the start from which the short training sets out: a method's name, a method object, a mapping such as
-            ``{"method": "orthogonal", "gain": 0.2}``, or ``"keep"`` for the adapter as it is.
+            ``{"method": "orthogonal", "gain": 0.2}``, or ``"keep"`` for the adapter as it is (not in offset form).
         sites: ``"auto"``: every layer that feeds a pointwise activation; or a regular expression for the end of module
             names, such as ``"query|value"``.
         layers: which layers of each stack: an integer for the last so many, a fraction for the last part, ``"all"``,
@@ -109,9 +114,8 @@ class Options:
                 raise ValueError(f"{field.name}={value!r} is not one of {list(choices)}")
         for names, test, what in _BOUNDS:
             for name in names:
-                value = getattr(self, name)
-                if value is not None and not test(value):
-                    raise ValueError(f"{name} must be {what}, got {value}")
+                if (value := getattr(self, name)) is not None or names is not _OPTIONAL_POSITIVE:
+                    _check_number(name, value, test, what)
         check_layers(self.layers)
         if not isinstance(self.teacher, nn.Module):
             if not str(self.teacher):
@@ -128,6 +132,15 @@ class Options:
             raise ValueError("solver='local' works on the hinge of a deterministic student: no 'mse', no train_mode")
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
+
+
+def _check_number(name: str, value: Any, test: Callable[[Any], bool], what: str) -> None:
+    """Raise ValueError unless an option is a number of its kind and passes the test."""
+    kind, called = (Integral, "an integer") if name in _WHOLE else (Real, "a number")
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{name} must be {called}, got {value!r}")
+    if not test(value):
+        raise ValueError(f"{name} must be {what}, got {value}")
 
 
 _CHOICES: Mapping[str, tuple[Any, ...]] = {

@@ -144,6 +144,8 @@ def position_mask(name: str, output: Tensor, batch: Any, model: nn.Module, reads
     if reads_decoder and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
         mask = labels != _IGNORED_LABEL if mask is None and _is_sequence(labels) else mask
+    if isinstance(mask, Tensor) and mask.dim() == 3 and output.shape[:-1] == mask.flatten(0, 1).shape:  # noqa: PLR2004
+        mask = mask.flatten(0, 1)  # rows × choices × tokens: a multiple-choice model runs each choice as a row
     if not _is_sequence(mask) or bool((mask != 0).all()):
         return None
     if output.shape[:-1] == mask.shape:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoraInitError
+from ..errors import LoraInitError, NonFiniteError
 from ..sites import LoraSite
 from ..statistics.batches import forward, iterate
 from ..statistics.positions import reads_decoder
@@ -59,6 +59,7 @@ class Stage:
 
     Raises:
         LoraInitError: no matched site, an unknown teacher, or one that does not fit.
+        NonFiniteError: the teacher's outputs are NaN or infinite.
     """
 
     def __init__(
@@ -121,11 +122,23 @@ class Stage:
     # --- the teacher ---------------------------------------------------------------------------------------------
 
     def teach(self, fed: Any) -> dict[Call, Tensor]:
-        """Return the teacher's pre-activations on a batch."""
+        """Return the teacher's pre-activations on a batch.
+
+        Raises:
+            NonFiniteError: one that counts is NaN or infinite, and so has no side; the message names the site.
+        """
         self.teacher_passes += 1
         with self.teacher.switched(), switches.mode(self.teacher.model, training=False), torch.no_grad():
             with switches.precision(self.device, self.autocast):
-                return outputs(self._teacher_passes, fed)
+                found = outputs(self._teacher_passes, fed)
+        for (k, _), z in found.items():
+            keep = self.counted(k, z, fed)
+            if not bool(torch.isfinite(z if keep is None else z[keep]).all()):
+                raise NonFiniteError(
+                    f"the teacher's output at '{self.matching.sites[k].name}' holds NaN or infinity; is there NaN in "
+                    "the data, or in the teacher's weights?"
+                )
+        return found
 
     def targets(self, key: tuple[str, int], fed: Any) -> dict[Call, Target]:
         """Return what the teacher asks for on a batch: from the store, where it is kept.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @contextlib.contextmanager
@@ -90,22 +91,40 @@ def checkpointed(model: nn.Module) -> list[Any]:
 def checkpointing(model: nn.Module) -> Iterator[None]:
     """Let gradient checkpointing, where it is on, work in evaluation mode too.
 
-    Transformers only checkpoints a block whose own ``training`` flag is set; what lies inside keeps its flag, so
-    dropout stays off. The re-entrant variant runs blocks without gradients, and no loss could be taken inside them.
+    Transformers only checkpoints a block whose own ``training`` flag is set, and many blocks ask the same flag whether
+    to drop something out: so the flag is set until the block computes, and is then what it was. Other modules (stacks
+    that drop whole layers, older code that checkpoints its parts itself) keep their flag: what they compute comes
+    before the memory that they save. The re-entrant variant runs blocks without gradients, and no loss could be taken
+    inside them.
     """
     modules = checkpointed(model)
     before = [(m, m.training, m.__dict__.get("_gradient_checkpointing_func")) for m in modules]
     try:
-        for module in modules:
-            module.training = True
-            if "_gradient_checkpointing_func" in module.__dict__:
-                module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        for module, flag, function in before:
+            if function is not None:
+                module._gradient_checkpointing_func = functools.partial(_checkpoint, module, flag)
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
         yield
     finally:
         for module, flag, function in before:
             module.training = flag
             if function is not None:
                 module._gradient_checkpointing_func = function
+
+
+def _checkpoint(module: Any, training: bool, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Checkpoint what a module computes, then and when it is recomputed with ``training`` as its own flag."""
+
+    def computed(*inputs: Any, **named: Any) -> Any:
+        found, module.training = module.training, training
+        try:
+            return function(*inputs, **named)
+        finally:
+            module.training = found
+
+    options["use_reentrant"] = False
+    return checkpoint(computed, *args, **options)
 
 
 @contextlib.contextmanager

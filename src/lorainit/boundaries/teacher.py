@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..adapter_folder import check_plain, config_rank, read_adapter
-from ..errors import LoraInitError
+from ..errors import LoraInitError, NonFiniteError
 from ..sites import site_name
 from . import switches
 from .tracing import layers_of
@@ -52,17 +52,28 @@ def find_teacher(model: nn.Module, teacher: Any, student: str, reached: set[str]
         reached: the modules that run before the last matched site; the others do not matter.
 
     Raises:
-        LoraInitError: no such adapter or folder, or one that does not fit the base.
+        LoraInitError: no such adapter or folder, one that does not fit the base, or the student itself.
+        NonFiniteError: the adapter or the folder holds NaN or infinity.
     """
     if isinstance(teacher, nn.Module):
+        _check_apart(model, teacher)
         return Teacher("model", teacher, lambda: _evaluated(teacher))
+    carrying = _layers_by_adapter(model)
+    adapters = carrying.keys()
     if teacher == "base":
+        if "base" in adapters and student != "base":
+            raise LoraInitError(
+                "teacher='base' could be the base model or this model's adapter named 'base'; rename the adapter "
+                "(save it, and load it under another name)"
+            )
         return Teacher("base", model, lambda: switches.adapter(model, None))
-    adapters = {name for m in model.modules() if isinstance(m, LoraLayer) for name in (*m.lora_A, *m.lora_embedding_A)}
     if teacher in adapters:
         if teacher == student:
             raise LoraInitError(f"the teacher '{teacher}' is the adapter that is to be started")
-        return Teacher("adapter", model, lambda: switches.adapter(model, str(teacher)))
+        for name, layer in carrying[teacher].items():
+            _check_finite(f"'{teacher}'", name, _factors(layer, teacher))
+        warnings = _unseen_warning(f"adapter '{teacher}'", carrying[teacher], reached)
+        return Teacher("adapter", model, lambda: switches.adapter(model, str(teacher)), warnings)
     if not Path(teacher).is_dir():
         raise LoraInitError(
             f"teacher {str(teacher)!r} is neither 'base', nor an adapter on this model ({sorted(adapters)}), "
@@ -72,6 +83,63 @@ def find_teacher(model: nn.Module, teacher: Any, student: str, reached: set[str]
     named = layers_of(model)
     places = [(_base_layer(named[name]), update) for name, update in updates.items()]
     return Teacher("folder", model, lambda: _folder_on_base(model, places), warnings)
+
+
+def _check_apart(model: nn.Module, teacher: nn.Module) -> None:
+    """Raise if two modules are one network: what they share would be the student's when the teacher runs.
+
+    Raises:
+        LoraInitError: they share a LoRA layer, as a model from `peft.get_peft_model` and the base it was made of do.
+    """
+    own = {id(module): name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    shared = next((own[id(module)] for module in teacher.modules() if id(module) in own), None)
+    if shared is not None:
+        raise LoraInitError(
+            f"the teacher {type(teacher).__name__} is the model that is being started: both hold the LoRA layer "
+            f"'{site_name(shared)}', for PEFT adapts a base in place; use teacher='base', an adapter's name, or pass "
+            "another copy of the model"
+        )
+
+
+def _layers_by_adapter(model: nn.Module) -> dict[str, dict[str, LoraLayer]]:
+    """Return {adapter: {name: layer that it adapts}}."""
+    found: dict[str, dict[str, LoraLayer]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            for adapter in (*module.lora_A, *module.lora_embedding_A):
+                found.setdefault(adapter, {})[site_name(path)] = module
+    return found
+
+
+def _factors(layer: LoraLayer, adapter: str) -> Iterator[Tensor]:
+    """Yield an adapter's A and B in a layer, a table's as well."""
+    for pairs in (layer.lora_A, layer.lora_B):
+        if adapter in pairs:
+            yield from pairs[adapter].parameters()
+    for tables in (layer.lora_embedding_A, layer.lora_embedding_B):
+        if adapter in tables:
+            yield tables[adapter]
+
+
+def _check_finite(teacher: str, name: str, factors: Iterable[Tensor]) -> None:
+    """Raise if a layer of a teacher is broken: attention may swallow NaN, and no output shows it.
+
+    Raises:
+        NonFiniteError: a factor holds NaN or infinity.
+    """
+    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        raise NonFiniteError(f"teacher {teacher}: its update of layer '{name}' holds NaN or infinity")
+
+
+def _unseen_warning(teacher: str, layers: Iterable[str], reached: set[str]) -> tuple[str, ...]:
+    """Return the warning that a teacher teaches what the base would, where none of its layers matters."""
+    layers = list(layers)
+    if not reached.isdisjoint(layers):
+        return ()
+    return (
+        f"teacher {teacher} adapts no layer that runs before the last matched site (its first is '{layers[0]}'): what "
+        "it teaches is what the base computes",
+    )
 
 
 @contextlib.contextmanager
@@ -118,6 +186,7 @@ def _read_updates(model: nn.Module, path: Path, reached: set[str]) -> tuple[dict
 
     Raises:
         LoraInitError: the folder is for another base, or holds more than low-rank updates.
+        NonFiniteError: it holds NaN or infinity.
     """
     config, tensors = read_adapter(path)
     check_plain(config, f"teacher {path}")
@@ -149,9 +218,11 @@ def _read_updates(model: nn.Module, path: Path, reached: set[str]) -> tuple[dict
         reference = next(base.parameters())
         dtype = torch.promote_types(a.dtype, torch.float32 if reference.dtype != torch.float64 else torch.float64)
         place = {"device": reference.device, "dtype": dtype}
+        _check_finite(str(path), name, (a, b))
         if name in reached:
             updates[name] = _Update(a.to(**place), b.to(**place), config_rank(config, name)[1])
-    return updates, _name_warning(model, config.base_model_name_or_path, path)
+    named_otherwise = _name_warning(model, config.base_model_name_or_path, path)
+    return updates, (*named_otherwise, *_unseen_warning(str(path), stems, reached))
 
 
 def _weight_shape(base: nn.Module) -> tuple[int, ...] | None:

@@ -101,7 +101,9 @@ def has_weight_matrix(module: nn.Module) -> bool:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    return type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations")
+    # torch keeps its attention in the same file
+    known = type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations")
+    return known and not isinstance(module, nn.MultiheadAttention)
 
 
 def trace(model: nn.Module, run: Callable[[], object]) -> Trace:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .. import offset
 from ..boundaries import switches
 from ..boundaries.descent import descend, drift, trained
 from ..boundaries.local import solve_locally
@@ -93,9 +94,18 @@ class ABMLoRA(Options, TrainedMethod):
         return None, self.samples
 
     def start(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics | None = None) -> Factors:
-        """Return the origin's start of the layer."""
+        """Return the origin's start of the layer.
+
+        Raises:
+            UnsupportedLayerError: ``origin="keep"``, and the adapter is zero or in offset form.
+        """
         if self.origin_method is not None:
             return start_layer(self.origin_method, site, generator, statistics)
+        if offset.is_attached(site.lora_A) or offset.is_attached(site.lora_B):
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': origin='keep' would drop the product B₀A₀ that the adapter's own start froze; "
+                "save it with lorainit.save_pretrained and load that, or name an origin"
+            )
         A, B = site.factors()
         if float(A.abs().max()) == float(B.abs().max()) == 0:
             raise UnsupportedLayerError(f"layer '{site.name}': origin='keep', but A = B = 0")
@@ -110,6 +120,7 @@ class ABMLoRA(Options, TrainedMethod):
         with contextlib.ExitStack() as held:
             held.enter_context(switches.own_randomness(seed, device))
             held.enter_context(_default_dtype())
+            held.enter_context(torch.enable_grad())  # the caller may have switched gradients off
             stage = held.enter_context(Stage(model, sites, data, self, seed))
             held.enter_context(switches.values_of(parameters))
             held.enter_context(switches.gradients_of(model, parameters))
