@@ -526,7 +526,7 @@ def test_nan_in_the_data_is_named() -> None:
     model = VIT.adapted()
     snapshot = cases.Snapshot.of(model)
     broken = {"pixel_values": VIT.batch()["pixel_values"] * math.nan}
-    with pytest.raises(NonFiniteError, match="teacher's output at 'vit.layers.0.mlp.fc1' holds NaN.*in the data"):
+    with pytest.raises(NonFiniteError, match=r"training batch 0 \(step 0\): .* at 'vit.layers.0.mlp.fc1' holds NaN"):
         cases.start(model, ABMLoRA(report_batches=0), data=[broken])
     snapshot.assert_unchanged(model)
 

@@ -121,11 +121,11 @@ class Stage:
 
     # --- the teacher ---------------------------------------------------------------------------------------------
 
-    def teach(self, fed: Any) -> dict[Call, Tensor]:
+    def teach(self, key: tuple[str, int], fed: Any) -> dict[Call, Tensor]:
         """Return the teacher's pre-activations on a batch.
 
         Raises:
-            NonFiniteError: one that counts is NaN or infinite, and so has no side; the message names the site.
+            NonFiniteError: one that counts is NaN or infinite, and so has no side; the message names batch and site.
         """
         self.teacher_passes += 1
         with self.teacher.switched(), switches.mode(self.teacher.model, training=False), torch.no_grad():
@@ -135,10 +135,18 @@ class Stage:
             keep = self.counted(k, z, fed)
             if not bool(torch.isfinite(z if keep is None else z[keep]).all()):
                 raise NonFiniteError(
-                    f"the teacher's output at '{self.matching.sites[k].name}' holds NaN or infinity; is there NaN in "
-                    "the data, or in the teacher's weights?"
+                    f"stage 1, {self._called(key)}: the teacher's output at '{self.matching.sites[k].name}' holds NaN "
+                    "or infinity; is there NaN in the data, or in the teacher's weights?"
                 )
         return found
+
+    def _called(self, key: tuple[str, int]) -> str:
+        """Return what to call a batch in a message; the first steps take the training batches as they come."""
+        part, index = key
+        if part != "train":
+            return f"held-out batch {index}"
+        stepped = self.options.solver == "gradient" and index < self.options.steps
+        return f"training batch {index}" + (f" (step {index})" if stepped else "")
 
     def targets(self, key: tuple[str, int], fed: Any) -> dict[Call, Target]:
         """Return what the teacher asks for on a batch: from the store, where it is kept.
@@ -146,12 +154,12 @@ class Stage:
         For ``loss="mse"`` the "margin" of a target holds the teacher's values themselves, which are never kept.
         """
         if self.options.loss == "mse":
-            return {call: Target(z > 0, z) for call, z in self.teach(fed).items()}
+            return {call: Target(z > 0, z) for call, z in self.teach(key, fed).items()}
         if key in self.store:
             return self._unpacked(self.store.get(key))
         clipped = self.options.margin_kind == "clipped"
         asked: dict[Call, tuple[Tensor, Tensor | None]] = {}
-        for call, z in self.teach(fed).items():
+        for call, z in self.teach(key, fed).items():
             asked[call] = (z > 0, quantized(z, self.options.margin) if clipped else None)
         if self.options.cache:
             self.store.put(key, self._packed(asked))
@@ -183,9 +191,9 @@ class Stage:
         """Return the standard deviation of the teacher's pre-activations a site, over the first training batches."""
         squares = [0.0] * len(self.matching.sites)
         batches = self.train_batches[: max(1, self.options.report_batches)]
-        for batch in batches:
+        for index, batch in enumerate(batches):
             fed = self.on_device(batch)
-            for (k, _), z in self.teach(fed).items():
+            for (k, _), z in self.teach(("train", index), fed).items():
                 squares[k] += spread(z, self.counted(k, z, fed)) ** 2 / self.matching.sites[k].calls
         return [(s / len(batches)) ** 0.5 for s in squares]
 
