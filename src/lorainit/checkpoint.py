@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -48,7 +48,7 @@ from .quantized import unpacked
 from .report import InitReport
 from .resize import resize
 from .sharding import is_partitioned
-from .sites import LoraSite, find_sites, lora_layers, pattern_name, site_name
+from .sites import LoraSite, adapter_config, check_unmerged, find_sites, lora_layers, pattern_name, site_name
 from .started import mark_started
 
 
@@ -84,8 +84,8 @@ def save_pretrained(
     layers = lora_layers(model, adapter_name)
     _check_here(layers, adapter_name)
     _check_not_wrapped(model)
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(config, LoraConfig):
+    config = adapter_config(model, adapter_name)
+    if config is None:
         raise LoraInitError(f"{type(model).__name__} holds no LoraConfig for adapter '{adapter_name}'")
     check_plain(config, f"adapter '{adapter_name}'")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -227,7 +227,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         for tensor in present.values():
             undo.remember_tensor(tensor)
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
-        rescale.finish(model, adapter_name, scalings, undo)
+        rescale.finish(model, adapter_name, scalings)
         mark_started(model, adapter_name, report)
     return report
 
@@ -245,13 +245,7 @@ def merge(model: nn.Module, *, adapter_name: str = "default") -> nn.Module:
     layers = lora_layers(model, adapter_name)
     if not isinstance(model, PeftModel):
         raise LoraInitError(f"{type(model).__name__} is no peft.PeftModel; only that can merge")
-    for name, layer in model.named_modules():  # those without the adapter as well: they are in the result
-        merged = layer.merged_adapters if isinstance(layer, BaseTunerLayer) else []
-        others = [other for other in merged if other != adapter_name]
-        if others:
-            raise LoraInitError(
-                f"layer '{site_name(name)}': adapter '{others[0]}' is merged into the base; unmerge it first"
-            )
+    check_unmerged(model, but=adapter_name)
     for name, parameter in model.named_parameters():
         if _adapter_of(name) == adapter_name and not torch.isfinite(parameter).all():
             raise LoraInitError(f"adapter '{adapter_name}' cannot be merged: {name} holds NaN or infinity")

@@ -257,7 +257,7 @@ def _initialize(call: _Call, undo: Undo) -> InitReport:
             warnings=(*started.warnings, *serving.remarks(started.rows.values())),
             details=started.details,
         )
-        rescale.finish(model, adapter_name, scalings, undo)
+        rescale.finish(model, adapter_name, scalings)
         for name, reason in unsupported.items():
             warnings.warn(f"lorainit left layer '{name}' as it was: {reason}", stacklevel=3)
         checkpoint.mark_started(model, adapter_name, report)
@@ -334,11 +334,11 @@ def _start(call: _Call, sites: list[LoraSite], undo: Undo) -> _Started:
     for site in started:
         rows[site.name] = move(site, rows[site.name], fit.starts.get(site.name))
     if call.match_lr:
-        rows |= matching.by_magnitude(started, rows, undo)
+        rows |= matching.by_magnitude(started, rows)
     if call.match_lr == "curvature":
         assert call.data is not None
         bounded, details["curvature"] = matching.by_curvature(
-            call.model, started, rows, call.data, scalings, max_batches=call.max_batches, seed=call.seed, undo=undo
+            call.model, started, rows, call.data, scalings, max_batches=call.max_batches, seed=call.seed
         )
         rows |= bounded
     return _Started(rows, refused, (*remarks, *_starved_remarks(starved), *fit.warnings), fit.details | details)

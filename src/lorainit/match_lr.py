@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from . import rescale
-from .apply import Undo
 from .errors import LoraInitError
 from .report import LayerReport
 from .sites import LoraSite
@@ -19,13 +18,13 @@ _BATCHES = 8
 CHANCE = 0.2  # so far below 1 may a ratio be between two draws of vanilla's own start
 
 
-def by_magnitude(sites: Sequence[LoraSite], rows: Mapping[str, LayerReport], undo: Undo) -> dict[str, LayerReport]:
+def by_magnitude(sites: Sequence[LoraSite], rows: Mapping[str, LayerReport]) -> dict[str, LayerReport]:
     """Give each layer the scale at which its first update under Adam is as large as vanilla's, or smaller if it was."""
     found: dict[str, LayerReport] = {}
     for site in sites:
         row = rows[site.name]
         if row.rank > 0:  # else the adapter was taken off
-            ratio = rescale.match(site, undo)
+            ratio = rescale.match(site)
             row = dataclasses.replace(row, scaling=site.scaling, rate_ratio=ratio)
         found[site.name] = row
     return found
@@ -40,7 +39,6 @@ def by_curvature(
     *,
     max_batches: int | None,
     seed: int,
-    undo: Undo,
 ) -> tuple[dict[str, LayerReport], dict[str, float]]:
     """Give all layers a smaller scale where the loss is nearer to instability than with vanilla's start.
 
@@ -54,7 +52,6 @@ def by_curvature(
         scalings: the user's, which vanilla has, by layer.
         max_batches: use at most so many batches, and eight at most.
         seed: of vanilla's start and the eigenvalue's first vector.
-        undo: takes back what is changed.
 
     Returns:
         The rows, and what was found: ``sharpness``, ``vanilla_sharpness`` and the ``ratio`` that all layers were given.
@@ -75,7 +72,7 @@ def by_curvature(
         row = rows[site.name]
         if row.rate_ratio is not None:
             total = row.rate_ratio * ratio
-            rescale.express(site, ratio, scalings[site.name] * total**2, undo)
+            rescale.express(site, ratio, scalings[site.name] * total**2)
             found[site.name] = dataclasses.replace(row, scaling=site.scaling, rate_ratio=total)
     return found, {"sharpness": here, "vanilla_sharpness": vanilla, "ratio": ratio}
 

@@ -76,30 +76,29 @@ def begin(model: nn.Module, adapter_name: str, undo: Undo, *, needed: bool) -> S
     before: Scalings | None = config.__dict__.get(_MARK)
     if before is None:
         return Scalings({name: layer.scaling[adapter_name] for name, layer in layers})
-    _replace_config(model, adapter_name, undo, before.alpha_pattern, None)
+    _replace_config(model, adapter_name, before.alpha_pattern, None)
     for name, layer in layers:
         _set(layer, adapter_name, before.by_layer[name])
     return Scalings(before.by_layer)
 
 
-def match(site: LoraSite, undo: Undo) -> float | None:
+def match(site: LoraSite) -> float | None:
     """Re-express a started layer at ρ·η and return ρ; None where it cannot train, which is refused elsewhere."""
     try:
         ratio = rate_ratio(*site.factors(), site.scaling)
     except ValueError:
         return None
-    express(site, ratio, site.scaling * ratio**2, undo)
+    express(site, ratio, site.scaling * ratio**2)
     return ratio
 
 
-def express(site: LoraSite, ratio: float, scaling: float, undo: Undo) -> None:
+def express(site: LoraSite, ratio: float, scaling: float) -> None:
     """Re-express a layer as A/ρ, B/ρ and ``scaling``, which is ρ²s, computed as it is again at a later loading.
 
     An offset is divided with the factors: B A − B₀A₀ at step 0 stays the exact zero that it was.
     """
     if ratio == 1:
         return
-    _remember(site.layer, site.adapter, undo)
     _set(site.layer, site.adapter, scaling)
     with torch.no_grad():
         for module in (site.lora_A, site.lora_B):
@@ -113,7 +112,7 @@ def scale(site: LoraSite, ratio: float) -> None:
     _set(site.layer, site.adapter, site.scaling * ratio**2)
 
 
-def finish(model: nn.Module, adapter_name: str, user: Scalings | None, undo: Undo) -> None:
+def finish(model: nn.Module, adapter_name: str, user: Scalings | None) -> None:
     """Write the layers' alphas into (a copy of) the config, and remember what the user gave."""
     config = adapter_config(model, adapter_name)
     if user is None or config is None:
@@ -127,7 +126,7 @@ def finish(model: nn.Module, adapter_name: str, user: Scalings | None, undo: Und
         pattern = dict(config.alpha_pattern or {})
         # PEFT takes the first pattern that fits
         ours = changed | {k: v for k, v in pattern.items() if k not in changed}
-        _replace_config(model, adapter_name, undo, ours, Scalings(user.by_layer, pattern))
+        _replace_config(model, adapter_name, ours, Scalings(user.by_layer, pattern))
 
 
 def user_scaling(model: nn.Module, site: LoraSite) -> float:
@@ -155,10 +154,9 @@ def _remember(layer: LoraLayer, adapter_name: str, undo: Undo) -> None:
 
 
 def _replace_config(
-    model: nn.Module, adapter_name: str, undo: Undo, alpha_pattern: dict[str, Any] | None, mark: Scalings | None
+    model: nn.Module, adapter_name: str, alpha_pattern: dict[str, Any] | None, mark: Scalings | None
 ) -> None:
     """Put a changed copy in the config's place: the user may have given the same config to other models."""
-    undo.remember_config(model, adapter_name)
     configs: dict[str, Any] = model.peft_config  # pyright: ignore[reportAssignmentType]
     new = copy.copy(configs[adapter_name])
     new.alpha_pattern = dict(alpha_pattern or {})

@@ -244,7 +244,7 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
     unsupported: dict[str, str] = {}
     wrapped = sharding.wrapping(model)
     layers = lora_layers(model, adapter_name)
-    _check_unmerged(model)
+    check_unmerged(model)
     of_embeddings = _embedding_storages(layers, adapter_name)
     for name, layer in layers:
         if layer.scaling[adapter_name] == 0:
@@ -270,14 +270,18 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
     return sites, unsupported
 
 
-def _check_unmerged(model: nn.Module) -> None:
-    """Raise if an adapter is merged into any layer: PEFT unmerges it, not to the last bit, when the base alone runs."""
+def check_unmerged(model: nn.Module, but: str | None = None) -> None:
+    """Raise if an adapter, other than ``but``, is merged into any layer, with the adapter in question or without.
+
+    PEFT unmerges it, not to the last bit, when the base alone runs; and it would be in what another is merged into.
+    """
     for name, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and layer.merged_adapters:
-            merged = layer.merged_adapters[0]
-            raise LoraInitError(
-                f"layer '{site_name(name)}': adapter '{merged}' is merged into the base; unmerge it first"
-            )
+        merged = layer.merged_adapters if isinstance(layer, BaseTunerLayer) else []
+        for adapter in merged:
+            if adapter != but:
+                raise LoraInitError(
+                    f"layer '{site_name(name)}': adapter '{adapter}' is merged into the base; unmerge it first"
+                )
 
 
 def _storage(tensor: Tensor) -> int:

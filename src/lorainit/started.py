@@ -15,7 +15,7 @@ from . import offset
 from .adapter_folder import PROVENANCE_NAME, plain_fields, provenance, refitted_fields, write_json, written_rows
 from .errors import LoraInitError
 from .report import InitReport
-from .sites import lora_layers, pattern_name
+from .sites import adapter_config, lora_layers, pattern_name
 
 
 class StartedLoraConfig(LoraConfig):
@@ -85,26 +85,28 @@ class StartedLoraModel(LoraModel):
 
 def mark_started(model: nn.Module, adapter_name: str, report: InitReport) -> None:
     """Replace the adapter's config by one that saves what the adapter now is, and remembers where it came from."""
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, dict) or not isinstance(configs.get(adapter_name), LoraConfig):
+    config = adapter_config(model, adapter_name)
+    if config is None:
         return  # bare layers without a PEFT config: nothing of PEFT's could save them either
-    config = configs[adapter_name]
-    started = copy.copy(config)
-    started.__class__ = StartedLoraConfig
+    layers = lora_layers(model, adapter_name)
+    offset_layers = [name for name, layer in layers if _in_offset_form(layer, adapter_name)]
     ranks = {
         pattern_name(name, layer): (
             layer.r[adapter_name] * (2 if _in_offset_form(layer, adapter_name) else 1),
             float(layer.scaling[adapter_name]),
         )
-        for name, layer in lora_layers(model, adapter_name)
+        for name, layer in layers
     }
-    offset_layers = [n for n, layer in lora_layers(model, adapter_name) if _in_offset_form(layer, adapter_name)]
+    started = copy.copy(config)
+    started.__class__ = StartedLoraConfig
     started.__dict__["_plain"] = plain_fields(config, ranks)
-    started.__dict__["_rows"] = {n: _saved_rows(layer, adapter_name) for n, layer in lora_layers(model, adapter_name)}
+    started.__dict__["_rows"] = {name: _saved_rows(layer, adapter_name) for name, layer in layers}
     started.__dict__["_provenance"] = provenance(form="training", offset_layers=offset_layers, start=report.to_dict())
-    for tuner in model.modules():
-        if offset_layers and type(tuner) is LoraModel:
-            tuner.__class__ = StartedLoraModel
+    if offset_layers:
+        for tuner in model.modules():
+            if type(tuner) is LoraModel:
+                tuner.__class__ = StartedLoraModel
+    configs: dict[str, Any] = model.peft_config  # pyright: ignore[reportAssignmentType]
     configs[adapter_name] = started
 
 

@@ -143,7 +143,8 @@ def _take(value: Any, rows: slice, count: int, name: str = "") -> Any:
 
 def split_rows(batch: Any, size: int = 1) -> list[Any]:
     """Return the batch as batches of at most ``size`` rows."""
-    return [take_rows(batch, slice(i, i + size)) for i in range(0, count_rows(batch), size)]
+    count = count_rows(batch)
+    return [_take(batch, slice(i, i + size), count) for i in range(0, count, size)]
 
 
 def without_padding(row: Any) -> Any:

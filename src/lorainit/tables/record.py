@@ -58,8 +58,8 @@ def read_checked(table: Table, run: Run, place: Place) -> dict[str, Any] | None:
     found = next(_differences(table, run, stored), None)
     if found is not None:
         raise LoraInitError(
-            f"table '{table.name}', row '{run.row}', column '{run.column}': {file} was made from another recipe: "
-            f"{found}; delete the file, or pass --redo to run again what has changed"
+            f"{table.where(run)}: {file} was made from another recipe: {found}; delete the file, or pass --redo to run "
+            "again what has changed"
         )
     if not is_recorded(table, run, stored):
         for need in table.needs(run).values():
