@@ -118,9 +118,12 @@ def collect_groups(
         group = pending.pop(0)
         parts = [part for site in group for part in site.members]
         watch = Watch(model, parts, request, place=place)
-        fits = _run(watch, batches, max_batches, micro_batch, processes, progress)
-        if not all(processes.exchange(fits)):
-            del watch
+        found = None
+        if all(processes.exchange(_run(watch, batches, max_batches, micro_batch, processes, progress))):
+            add_up(watch.statistics, processes, {part.name: part.device for part in parts}, place)
+            found = _finished(watch)
+        if not all(processes.exchange(found is not None)):
+            del watch, found
             memory.free()
             if len(group) == 1 or once:
                 raise LoraInitError(
@@ -132,10 +135,19 @@ def collect_groups(
             if remarks is not None:
                 remarks.append(f"memory ran out on a group of {len(group)} layers: it was split and the data run again")
             continue
-        add_up(watch.statistics, processes, {part.name: part.device for part in parts}, place)
-        found = watch.finish()
+        assert found is not None
         yield group, found
         del found, watch
+
+
+def _finished(watch: Watch) -> dict[str, LayerStatistics] | None:
+    """Return the sums; None where memory runs out on the little that is left to do."""
+    try:
+        return watch.finish()
+    except (RuntimeError, MemoryError) as error:
+        if not memory.ran_out(error):
+            raise
+        return None
 
 
 def _run(
