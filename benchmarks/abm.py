@@ -31,8 +31,8 @@ import transformers
 from torch import nn
 
 import lorainit
-from lorainit import provenance
-from lorainit.cost import measure
+from lorainit.machine import provenance
+from lorainit.machine.cost import measure
 from lorainit.methods import abm
 
 RESULTS = Path("benchmarks/results")

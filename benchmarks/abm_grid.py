@@ -39,10 +39,10 @@ from typing import Any
 import numpy as np
 
 import lorainit
-from lorainit.lock import taken as lock_file
+from lorainit.machine.lock import taken as lock_file
 from lorainit.tables.controls import CONTROLS
 from lorainit.tasks import DataOptions
-from lorainit.training import Calibration, Recipe, start, train
+from lorainit.train.run import Calibration, Recipe, start, train
 
 RESULTS, SCRATCH, PAGE = Path("benchmarks/results/abm"), Path("runs/abm_grid"), Path("docs/abm.md")
 SEEDS = (0, 1, 2)

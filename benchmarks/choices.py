@@ -16,9 +16,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from lorainit.ranks import RankRule
+from lorainit.start.budget import RankRule
 from lorainit.tasks import DataOptions
-from lorainit.training import Calibration, Recipe, train
+from lorainit.train.run import Calibration, Recipe, train
 
 RESULTS = Path("benchmarks/results/choices")
 TEXTS = {"tinystories": "pretrain/tinystories_lowercase", "gsm8k": "instruct/gsm8k"}

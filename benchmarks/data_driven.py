@@ -35,11 +35,11 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
 import lorainit
-from lorainit import cost, provenance
-from lorainit.sketches import column_rounding, nystrom
-from lorainit.sketches import test_matrix as make_test
+from lorainit.machine import cost, provenance
+from lorainit.numerics.sketches import column_rounding, nystrom
+from lorainit.numerics.sketches import test_matrix as make_test
 from lorainit.statistics import Request, Sketch, collect
-from lorainit.training import resolve_model
+from lorainit.train.run import resolve_model
 
 RANK = 8
 CUT_OFF = 300  # seconds that PEFT's EVA gets

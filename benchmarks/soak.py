@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lorainit import provenance
+from lorainit.machine import provenance
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import random_starts

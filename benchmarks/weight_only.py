@@ -29,9 +29,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lorainit
-from lorainit import cost, provenance
-from lorainit.linalg import product_norm
+from lorainit.machine import cost, provenance
 from lorainit.methods import Factors, loram, milora, olora, pissa
+from lorainit.numerics.linalg import product_norm
 
 RANK, ALPHA = 16, 32
 SCALING = ALPHA / RANK

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import lorainit
-from lorainit.methods.gradient import leading_triplets, naming
+from lorainit.methods.parts.gradient import leading_triplets, naming
 
 
 @lorainit.register

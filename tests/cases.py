@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import lorainit
-from lorainit.sharding import local
+from lorainit.machine.sharding import local
 
 SEQUENCE, BATCH, VOCAB, CLASSES = 6, 3, 40, 5
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import cases
 import lorainit
-from lorainit.quantized import dequantized, is_quantized
+from lorainit.adapter.quantized import dequantized, is_quantized
 
 METHODS = tuple(info.name for info in lorainit.available())
 QUANTIZED = ("nf4", "nf4-double", "int8", "torchao-int8", "torchao-int4")
@@ -208,7 +208,7 @@ def check(c: Configuration) -> str:
         warnings.simplefilter("ignore")
         model = make(c)
         case = case_of(c)
-        layers = lorainit.sites.lora_layers(model, "default")
+        layers = lorainit.adapter.sites.lora_layers(model, "default")
         before = output(model, c)
         with model.disable_adapter():
             bare = output(model, c)
@@ -280,11 +280,11 @@ def _merged(model: Any, c: Configuration) -> Tensor:
     """Return what a fresh base computes with s·BA of every layer added to its weights."""
     base = case_of(c).base(cases.DTYPES[c.dtype])
     with torch.no_grad():
-        for name, layer in lorainit.sites.lora_layers(model, "default"):
+        for name, layer in lorainit.adapter.sites.lora_layers(model, "default"):
             owner = base.get_submodule(name.replace(".base_layer", ""))
             owner.get_parameter(getattr(layer, "parameter_name", "weight")).add_(layer.get_delta_weight("default"))
     if c.bias:
-        for name, layer in lorainit.sites.lora_layers(model, "default"):
+        for name, layer in lorainit.adapter.sites.lora_layers(model, "default"):
             assert not bool(layer.lora_B["default"].bias.any()), name
     return output(base, c)
 

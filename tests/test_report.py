@@ -11,7 +11,7 @@ from torch import nn
 
 import lorainit
 from cases import CONV, LLAMA, TWIN, Scripted, each_case, each_method, start
-from lorainit import offset
+from lorainit.adapter import offset
 
 
 @each_case

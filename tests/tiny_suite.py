@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from lorainit.bench.suite import MethodEntry, ModelEntry, Search, Suite, TaskEntry
-from lorainit.diagnostics.run import DiagnosisOptions
 from lorainit.tasks import DataOptions
-from lorainit.training import Calibration
+from lorainit.train.diagnose import DiagnosisOptions
+from lorainit.train.run import Calibration
 from runs import save_sentences, save_tiny_bert
 
 SUITE = Suite(

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import cases
 import lorainit
 from cases import CONV, LLAMA
-from lorainit.experts import find_experts
+from lorainit.adapter.experts import find_experts
 from lorainit.statistics.watch import Watch
 
 WORLD = 3

@@ -7,13 +7,12 @@ lorainit.save_pretrained(model, "out")      # one plain LoRA adapter for the ori
 
 from __future__ import annotations
 
-from . import methods
-from .checkpoint import export, load, merge, save_pretrained
+from . import methods, offset
+from .adapter.sites import LoraSite, find_sites
 from .diagnostics.diagnose import diagnose
 from .diagnostics.diagnosis import Diagnosis, LayerDiagnosis
 from .diagnostics.learning_rate import LrAdvice, suggest_lr
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
-from .initialize import initialize
 from .methods import Factors, Method, MethodInfo, available, get_method, register
 from .methods.abm import ABMLoRA
 from .methods.ag_lora import AGLoRA
@@ -35,9 +34,10 @@ from .methods.olora import OLoRA
 from .methods.orthogonal import Orthogonal
 from .methods.pissa import PiSSA
 from .methods.random import Random
-from .ranks import RankRule
 from .report import InitReport, LayerReport
-from .sites import LoraSite, find_sites
+from .saving.checkpoint import export, load, merge, save_pretrained
+from .start.budget import RankRule
+from .start.initialize import initialize
 from .version import __version__
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "load",
     "merge",
     "methods",
+    "offset",
     "register",
     "save_pretrained",
     "suggest_lr",

@@ -9,7 +9,7 @@ from lorainit.bench.results import Summary
 from lorainit.bench.search import Point
 from lorainit.bench.suite import MethodEntry
 from lorainit.bench.trial import cells
-from lorainit.diagnostics.run import DiagnosisOptions
+from lorainit.train.diagnose import DiagnosisOptions
 from tiny_suite import SUITE
 
 BOUNDED = dataclasses.replace(SUITE, compare=["bounded"], diagnosis=DiagnosisOptions(curvature=True))

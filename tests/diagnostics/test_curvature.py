@@ -6,7 +6,7 @@ from torch.func import functional_call
 
 import lorainit
 from cases import BERT, CONV, GPT2, LLAMA, Snapshot, start, train
-from lorainit import offset
+from lorainit.adapter import offset
 from lorainit.diagnostics.curvature import AdapterLoss, top_eigenvalue
 
 

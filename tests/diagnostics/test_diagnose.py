@@ -11,9 +11,9 @@ import torch
 import lorainit
 from cases import BERT, CONV, GPT2, LLAMA, TWIN, VIT, Snapshot, llama, seeded, start, train
 from lorainit import LoraInitError, NonFiniteError, diagnose
-from lorainit.diagnostics.magnitude import mean_square
 from lorainit.diagnostics.resampling import Sketches, interval, resamples
 from lorainit.diagnostics.tangent import Tangent, split
+from lorainit.numerics.update_size import mean_square
 
 
 def batches(case, count=3, dtype=torch.float64):

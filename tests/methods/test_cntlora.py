@@ -18,7 +18,7 @@ from inputs import damped, inputs, known, power, second_moment, sums
 from lorainit import UnsupportedLayerError
 from lorainit.methods import cntlora
 from lorainit.methods.cntlora import CNTLoRA, delta, energies, factors
-from lorainit.methods.shift import Constraint
+from lorainit.methods.parts.shift import Constraint
 from matrices import best, decaying, normal, with_spectrum
 
 M, N = 14, 10

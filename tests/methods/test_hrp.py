@@ -13,8 +13,8 @@ import cases
 import lorainit
 from cases import CONV, GPT2, LLAMA
 from lorainit import HRP, LoraInitError, NonFiniteError, find_sites
-from lorainit.generators import layer_generator
 from lorainit.methods import hrp, kaiming
+from lorainit.numerics.seeds import layer_generator
 from matrices import normal
 
 

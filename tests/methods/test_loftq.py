@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 import cases
 import lorainit
 from lorainit import LoftQ, LoraInitError
+from lorainit.adapter.quantized import dequantized
+from lorainit.adapter.unquantized import original_weight
 from lorainit.methods import loftq
-from lorainit.original_weights import original_weight
-from lorainit.quantized import dequantized
 from matrices import decaying
 from quantization import FULL, each_kind, quantized_base, save_full
 

@@ -18,8 +18,9 @@ import golden
 import lorainit
 from lorainit import UnsupportedLayerError
 from lorainit.errors import NonFiniteError
-from lorainit.methods import guidance, lora_da
+from lorainit.methods import lora_da
 from lorainit.methods.lora_da import LoRADA, Options, solve
+from lorainit.methods.parts import guidance
 from lorainit.statistics import LayerStatistics
 from matrices import best, normal, orthonormal, with_spectrum
 

@@ -10,9 +10,9 @@ import torch
 
 import lorainit
 from lorainit import Factors, LoraInitError, Method, MethodInfo, available, get_method, register
-from lorainit.linalg import product_norm
 from lorainit.methods import registry
 from lorainit.methods.method import Product
+from lorainit.numerics.linalg import product_norm
 from matrices import decaying
 
 NAMES = {

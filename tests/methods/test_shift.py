@@ -13,7 +13,7 @@ import torch
 
 from inputs import damped, inputs, known, power, second_moment
 from lorainit.methods.cntlora import delta
-from lorainit.methods.shift import Constraint
+from lorainit.methods.parts.shift import Constraint
 from matrices import normal, orthonormal, with_spectrum
 
 M, N = 14, 10

@@ -12,7 +12,7 @@ import lorainit
 from inputs import inputs, sums
 from lorainit.errors import UnsupportedLayerError
 from lorainit.methods import cntlora, eva, get_method, lora_ga, lora_one
-from lorainit.sketches import test_matrix as make_test
+from lorainit.numerics.sketches import test_matrix as make_test
 from lorainit.statistics import LayerStatistics, Sketch
 from lorainit.statistics.request import ERROR_ROWS
 from matrices import decaying, normal

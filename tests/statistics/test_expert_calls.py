@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 import cases
 from cases import Experts, Net, mixtral, with_experts
 from lorainit import LoraInitError, UnsupportedLayerError, find_sites
-from lorainit.experts import find_experts
+from lorainit.adapter.experts import find_experts
 from lorainit.statistics import Request, collect
 from lorainit.statistics.batches import count_terms
 from routed import STREAMS, batches, oracle

@@ -8,7 +8,7 @@ import torch
 import cases
 from cases import CASES
 from lorainit import LoraInitError, find_sites
-from lorainit.sketches import test_matrix as make_test
+from lorainit.numerics.sketches import test_matrix as make_test
 from lorainit.statistics import LayerStatistics, Request, Sketch, collect, merge
 from lorainit.statistics.place import Place
 from lorainit.statistics.second_moment import add_second_moment, mirror

@@ -12,7 +12,7 @@ from benchmarks import save_tiny_llama
 from lorainit.errors import LoraInitError
 from lorainit.tasks import DataOptions, get_task
 from lorainit.tasks.instruct import InstructionTask
-from lorainit.training import Recipe, train
+from lorainit.train.run import Recipe, train
 
 TASK = InstructionTask(name="toy", hub=("none", None), columns=("q", "a"), prompt="{q}:")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from .. import drawing
-from ..drawing import INK, STYLE
+from ..diagnostics import svg
+from ..diagnostics.svg import INK, STYLE
 from ..errors import LoraInitError
 from . import statistics
 from .suite import CONTROLS, VANILLA
@@ -57,7 +57,7 @@ def rate_panels(table: Table) -> list[tuple[str, str]]:
         if least > top + margin:
             axes.text(0.5, 0.9, f"above: {least:.3f}", transform=axes.transAxes, ha="center", fontsize=8)
         axes.tick_params(labelsize=7)
-        panels.append((row.label, drawing.svg(figure)))
+        panels.append((row.label, svg.svg(figure)))
     return panels
 
 
@@ -82,7 +82,7 @@ def loss_curves(table: Table) -> dict[str, str]:
         low, high = axes.get_ylim()
         axes.set_ylim(low, min(high, max(control) + 0.15 * (max(control) - min(control))))
         axes.legend(frameon=False, fontsize=8)
-        drawn[name] = drawing.svg(figure)
+        drawn[name] = svg.svg(figure)
     return drawn
 
 
@@ -110,7 +110,7 @@ def pareto(table: Table) -> str | None:
     axes.minorticks_off()
     _clip_outliers(axes, points)
     _labels(axes, points)
-    return drawing.svg(figure)
+    return svg.svg(figure)
 
 
 def _axes(size: tuple[float, float]) -> tuple[Any, Any]:

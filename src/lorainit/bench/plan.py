@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from ..match_lr import CHANCE
+from ..start.match_rate import CHANCE
 from . import search
 from .results import Results, Summary
 from .search import Point

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import provenance
 from ..errors import LoraInitError
-from ..lock import taken
+from ..machine import provenance
+from ..machine.lock import taken
 from . import pool
 from .checks import check_folders
 from .plan import Plan

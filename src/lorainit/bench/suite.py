@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from ..diagnostics.run import DiagnosisOptions
 from ..errors import LoraInitError
 from ..tasks import DataOptions
-from ..training import Calibration
+from ..train.diagnose import DiagnosisOptions
+from ..train.run import Calibration
 
 VANILLA = "kaiming"
 

@@ -9,10 +9,10 @@ import json
 import shlex
 from typing import Any
 
-from ..diagnostics.run import DiagnosisOptions
 from ..errors import LoraInitError
 from ..tasks import DataOptions
-from ..training import LORA_DEFAULTS, TRAIN_DEFAULTS, Recipe
+from ..train.diagnose import DiagnosisOptions
+from ..train.run import LORA_DEFAULTS, TRAIN_DEFAULTS, Recipe
 from .results import Status
 from .search import Point
 from .suite import Forgetting, MethodEntry, ModelEntry, Search, Suite, TaskEntry

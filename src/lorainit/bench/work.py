@@ -12,10 +12,10 @@ import tempfile
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from .. import provenance
-from ..diagnostics.run import diagnose_recipe
 from ..errors import NonFiniteError
-from ..training import evaluate, train
+from ..machine import provenance
+from ..train.diagnose import diagnose_recipe
+from ..train.run import evaluate, train
 from .suite import Forgetting
 from .trial import Trial, located, located_data
 

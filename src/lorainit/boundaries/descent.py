@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import offset
+from ..adapter import offset, switches
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
-from ..linalg import product_norm
-from ..sites import LoraSite
+from ..numerics.linalg import product_norm
 from ..statistics.batches import forward
-from . import switches
 from .loss import certificate
 from .passes import Call
 from .stage import Stage

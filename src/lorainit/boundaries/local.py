@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from .. import offset
 from .._typing import Float, Tensor
+from ..adapter import offset
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
-from ..linalg import product_norm, randomized_svd, truncate_product
-from ..sites import LoraSite
-from ..solvers import damped_cholesky
+from ..numerics.iterative import damped_cholesky
+from ..numerics.linalg import product_norm, randomized_svd, truncate_product
 from .descent import Course
 from .loss import Target
 from .matching import MatchedSite

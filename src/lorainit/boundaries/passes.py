@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapter import switches
 from ..errors import LoraInitError
 from ..statistics.batches import describe, forward
-from . import switches
 from .matching import Matching
 from .tracing import layers_of
 

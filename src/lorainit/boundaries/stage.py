@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter import switches
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
-from ..sites import LoraSite
 from ..statistics.batches import forward, iterate
 from ..statistics.positions import reads_decoder
-from . import switches
 from .loss import Target, dequantized, quantized, site_loss, spread, squared_error
 from .matching import MatchedSite, match
 from .options import Options

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter_folder import check_plain, config_rank, read_adapter
+from ..adapter import switches
+from ..adapter.sites import site_name
 from ..errors import LoraInitError, NonFiniteError
-from ..sites import site_name
-from . import switches
+from ..saving.folder import check_plain, config_rank, read_adapter
 from .tracing import layers_of
 
 

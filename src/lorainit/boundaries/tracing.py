@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..sites import site_name
+from ..adapter.sites import site_name
 
 # by the function's name: the same for torch.relu, Tensor.relu, F.relu and their in-place forms
 _ACTIVATIONS = frozenset(

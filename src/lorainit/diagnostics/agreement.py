@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..boundaries import switches
+from ..adapter import switches
 from ..boundaries.rows import position_mask
 from ..boundaries.tracing import layers_of, trace
 from ..errors import LoraInitError, NonFiniteError

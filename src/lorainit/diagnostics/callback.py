@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..adapter.offset import trained_factor, update_factors
+from ..adapter.sites import LoraSite, find_sites
 from ..errors import LoraInitError
-from ..linalg import product_norm, to_double
-from ..offset import trained_factor, update_factors
-from ..sites import LoraSite, find_sites
+from ..numerics.linalg import product_norm, to_double
 from .diagnose import diagnose
 
 

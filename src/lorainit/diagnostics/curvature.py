@@ -2,8 +2,8 @@ r"""How curved the loss is in the adapter's parameters θ = {A, B}: Hessian prod
 
 Gradient descent is stable up to η = 2/λ, λ the top eigenvalue of the Hessian; "Learning Rate Matters"
 (arXiv:2602.04998) found that the best rates of LoRA starts go with it. Under (A, B, s) → (cA, cB, s/c²) the Hessian is
-divided by c² and the matched rate multiplied by c² for SGD, by c for Adam (see `lorainit.rescale`): so two starts of
-one model are equally near to instability at rates as 1/λ under SGD and as 1/√λ under Adam.
+divided by c² and the matched rate multiplied by c² for SGD, by c for Adam (see `lorainit.adapter.scaling`): so two
+starts of one model are equally near to instability at rates as 1/λ under SGD and as 1/√λ under Adam.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .. import offset
 from .._typing import Float, Tensor
-from ..boundaries import switches
+from ..adapter import offset, switches
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
-from ..linalg import to_double
-from ..sites import LoraSite
+from ..numerics.linalg import to_double
 from ..statistics.batches import LossFunction, iterate, summed_loss
 
 

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import rescale
-from ..boundaries import switches
+from ..adapter import scaling, switches
+from ..adapter.offset import is_attached, trained_factor
+from ..adapter.quantized import unpacked
+from ..adapter.sites import LoraSite, find_sites
 from ..boundaries.teacher import Teacher, find_teacher
 from ..boundaries.tracing import layers_of
-from ..calibration import uncompiled
 from ..errors import LoraInitError
-from ..linalg import product_norm
-from ..offset import is_attached, trained_factor
-from ..quantized import unpacked
-from ..sites import LoraSite, find_sites
+from ..machine.precision import uncompiled
+from ..numerics.linalg import product_norm
+from ..numerics.update_size import mean_square, vanilla_mean_square
 from ..statistics.batches import LossFunction, count_rows, forward, iterate, summed_loss
 from ..statistics.request import Request
 from ..statistics.watch import Watch
@@ -33,7 +33,6 @@ from . import tangent
 from .agreement import Agreement, Signs, activated_layers, watched
 from .curvature import AdapterLoss
 from .diagnosis import Diagnosis, LayerDiagnosis
-from .magnitude import mean_square, vanilla_mean_square
 from .resampling import Sketches, interval, resamples
 from .tangent import Tangent
 
@@ -256,7 +255,7 @@ def _layer(
     for optimizer in ("sgd", "adam"):
         own = mean_square(A, B, site.scaling, optimizer=optimizer)
         shape = (site.out_features, site.in_features, site.rank)
-        vanilla = vanilla_mean_square(*shape, rescale.user_scaling(model, site), optimizer=optimizer)
+        vanilla = vanilla_mean_square(*shape, scaling.user_scaling(model, site), optimizer=optimizer)
         relative[optimizer] = math.sqrt(own / vanilla)
         sizes[optimizer][0] += own * now.numel()
         sizes[optimizer][1] += vanilla * now.numel()

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import rescale
-from ..apply import Undo, write_start
+from ..adapter.offset import is_attached
+from ..adapter.scaling import user_scaling
+from ..adapter.sites import LoraSite, find_sites
+from ..adapter.write import Undo, write_start
 from ..errors import LoraInitError
 from ..methods import kaiming
 from ..methods.method import require_choice
-from ..offset import is_attached
-from ..sites import LoraSite, find_sites
+from ..numerics.update_size import Optimizer, first_update_ratio, mean_square, rate_ratio, vanilla_mean_square
 from ..statistics.batches import LossFunction
 from .curvature import AdapterLoss
-from .magnitude import Optimizer, first_update_ratio, mean_square, rate_ratio, vanilla_mean_square
 
 _ITERATIONS, _TOLERANCE = 12, 0.05  # of Lanczos: the rate goes with the square root
 
@@ -77,7 +77,7 @@ def suggest_lr(
 
     Vanilla is PEFT's default start, A ~ U(±1/√in) and B = 0, with the same shapes, ranks and scalings. From A, B and s
     alone: the rate at which the first update of all weights together has the same expected size, see
-    `lorainit.diagnostics.magnitude`. With ``data`` also the rate at which the loss is as near to instability as
+    `lorainit.numerics.update_size`. With ``data`` also the rate at which the loss is as near to instability as
     vanilla's, see `lorainit.diagnostics.curvature`; the advice is then the geometric mean of both, which was nearer to
     the tuned rates than either or the smaller (``docs/learning_rates.md``; AdamW). Under Adam neither is above
     ``reference_lr``. Call it after `lorainit.initialize`, before training; the model is left as it was.
@@ -117,7 +117,7 @@ def suggest_lr(
         return LrAdvice(overall, per_layer, reasons, reference_lr, optimizer, overall)
 
     loss = AdapterLoss(model, sites, data, max_batches=max_batches, loss_function=loss_function)
-    scalings = {site.name: rescale.user_scaling(model, site) for site in sites}
+    scalings = {site.name: user_scaling(model, site) for site in sites}
     both = sharpness_beside_vanilla(loss, sites, scalings, sharpness=sharpness, seed=seed)
     alike = reference_lr * (both[1] / both[0]) ** (1.0 if optimizer == "sgd" else 0.5)
     chosen = math.sqrt(overall * (alike if optimizer == "sgd" else min(alike, reference_lr)))
@@ -139,7 +139,7 @@ def _by_magnitude(
     own, vanilla = 0.0, 0.0
     for site in sites:
         A, B = site.factors()
-        scaling = rescale.user_scaling(model, site)
+        scaling = user_scaling(model, site)
         try:
             first.append(first_update_ratio(A, B, site.scaling, optimizer=optimizer, vanilla_scaling=scaling))
             ratios[site.name] = rate_ratio(A, B, site.scaling, optimizer=optimizer, vanilla_scaling=scaling)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from string import Template
 from typing import TYPE_CHECKING
 
-from ..drawing import INK, STYLE, svg
 from ..errors import LoraInitError
 from .diagnosis import COLUMNS, Diagnosis, cells
+from .svg import INK, STYLE, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from .._typing import Float, Tensor
-from ..sketches import test_matrix
+from ..numerics.sketches import test_matrix
 from .tangent import Tangent
 
 _SIZE = 64

@@ -20,7 +20,7 @@ import math
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import squared_singular_values, to_double
+from ..numerics.linalg import squared_singular_values, to_double
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from .. import checkpoint, provenance
 from ..errors import LoraInitError
+from ..machine import provenance
+from ..saving import checkpoint
 from ..tasks import get_task
-from ..training import load_base, resolve_model
+from ..train.run import load_base, resolve_model
 from .records import Records, fingerprint
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import provenance
-from ..training import resolve_model
+from ..machine import provenance
+from ..train.run import resolve_model
 from .judging import Usage, Verdict
 from .mean import Mean
 

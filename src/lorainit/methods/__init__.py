@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..adapter.factors import Factors
 from . import (
     abm,
     ag_lora,
@@ -24,7 +25,7 @@ from . import (
     pissa,
     random,
 )
-from .method import Factors, Method, MethodInfo
+from .method import Method, MethodInfo
 from .registry import available, get_method, import_modules, register
 
 __all__ = [

@@ -21,18 +21,18 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .. import offset
-from ..boundaries import switches
+from ..adapter import offset, switches
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
 from ..boundaries.descent import descend, drift, trained
 from ..boundaries.local import solve_locally
 from ..boundaries.loss import agreement, boundary_loss, certificate, layer_weights, site_loss, target
 from ..boundaries.options import Options
 from ..boundaries.stage import Score, Stage
 from ..errors import LoraInitError, UnsupportedLayerError
-from ..sites import LoraSite
 from ..statistics import LayerStatistics, Request
 from ..statistics.batches import iterate, summed_loss
-from .method import Factors, Fit, Method, MethodInfo, Product, TrainedMethod, start_layer
+from .method import Fit, Method, MethodInfo, Product, TrainedMethod, start_layer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,11 +13,12 @@ from typing import ClassVar
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import require_rank, squared_singular_values
-from ..sites import LoraSite
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
+from ..numerics.linalg import require_rank, squared_singular_values
 from ..statistics.layer import LayerStatistics
-from .activations import decompose, keep_alive, leading, mean_of, projection, rounding
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min
+from .method import Method, MethodInfo, require_rank_at_most_min
+from .parts.activations import decompose, keep_alive, leading, mean_of, projection, rounding
 
 
 def column_weights(
@@ -131,6 +132,6 @@ class AGLoRA(Method):
         return factors(site.weight(), magnitudes, site.rank, site.scaling, generator=generator, **options)
 
     def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
-        """Return what `lorainit.ranks.allocate` pools: the squared singular values of W diag(d)."""
+        """Return what `lorainit.start.budget.allocate` pools: the squared singular values of W diag(d)."""
         magnitudes = mean_of(site, statistics, "input_magnitude")
         return energies(site.weight(), magnitudes, exponent=self.exponent, floor=self.floor)

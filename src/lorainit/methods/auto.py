@@ -11,10 +11,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
-from ..sites import LoraSite
 from .kaiming import Kaiming
-from .method import Factors, Method, MethodInfo
+from .method import Method, MethodInfo
 
 _TABLE = Path(__file__).with_name("evidence.json")
 _ALPHA = 0.05

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import require_rank, squared_singular_values
-from ..sites import LoraSite
-from ..sketches import column_rounding, nystrom
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
+from ..numerics.linalg import require_rank, squared_singular_values
+from ..numerics.sketches import column_rounding, nystrom
 from ..statistics import LayerStatistics, Request
 from . import kaiming
-from .activations import decompose, keep_alive, leading, mean_of, rounding
-from .gradient import naming
-from .method import Comparison, Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
-from .shift import Constraint, Map, Moment, Shift, ShiftOptions, Spectrum, estimate, low_rank, solve, spectrum
-from .sketching import (
+from .method import Comparison, Method, MethodInfo, require_choice, require_rank_at_most_min
+from .parts.activations import decompose, keep_alive, leading, mean_of, rounding
+from .parts.gradient import naming
+from .parts.shift import Constraint, Map, Moment, Shift, ShiftOptions, Spectrum, estimate, low_rank, solve, spectrum
+from .parts.sketching import (
     SketchChoice,
     centred_sketch,
     chosen_sketch,
@@ -61,7 +62,8 @@ def delta(
     Args:
         weight: W0, out×in.
         input_second_moment: C, in×in: mean of x xᵀ over fine-tuning inputs.
-        **options: the constraint (default ``"F1"``), damping, proxies, ...: see `lorainit.methods.shift.ShiftOptions`.
+        **options: the constraint (default ``"F1"``), damping, proxies, ...: see
+            `lorainit.methods.parts.shift.ShiftOptions`.
             The damping is raised, with a warning, where the constraint needs the inverse of a singular moment.
 
     Returns:
@@ -298,7 +300,7 @@ class CNTLoRA(Method):
             return from_spectrum(site.weight(), known, energy, site.rank, site.scaling, **solver, **options)
 
     def energies(self, site: LoraSite, statistics: LayerStatistics, proxy: LayerStatistics | None = None) -> Tensor:
-        """Return what `lorainit.ranks.allocate` pools: the squared singular values of the site's step."""
+        """Return what `lorainit.start.budget.allocate` pools: the squared singular values of the site's step."""
         known, _, options = self._arguments(site, statistics, proxy)
         if self.moment == "centred" and not known.varies:
             return known.values.new_zeros(min(site.in_features, site.out_features))

@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import (
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
+from ..numerics.linalg import (
     SVD,
     exact_svd,
     require_rank,
@@ -17,10 +19,9 @@ from ..linalg import (
     subspace_svd,
     to_double,
 )
-from ..sites import LoraSite
 from ..statistics.layer import LayerStatistics
-from .activations import decompose, keep_alive, leading, mean_of, projection, rounding
-from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
+from .method import Method, MethodInfo, require_choice, require_rank_at_most_min
+from .parts.activations import decompose, keep_alive, leading, mean_of, projection, rounding
 
 _PASSES = 8  # of a randomized SVD over its matrix
 
@@ -165,7 +166,7 @@ class CorDA(Method):
         )
 
     def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
-        """Return what `lorainit.ranks.allocate` pools: the squared singular values of W C̃. Not for ``"kpm"``."""
+        """Return what `lorainit.start.budget.allocate` pools: the squared singular values of W C̃. Not for ``"kpm"``."""
         return energies(site.weight(), self._moment(site, statistics), damping=self.damping)
 
     def workspace(self, site: LoraSite) -> int:

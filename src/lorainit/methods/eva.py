@@ -9,13 +9,14 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import SVD, canonical_signs, psd_eigh, require_rank
-from ..sites import LoraSite
-from ..sketches import column_rounding, nystrom
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
+from ..numerics.linalg import SVD, canonical_signs, psd_eigh, require_rank
+from ..numerics.sketches import column_rounding, nystrom
 from ..statistics import LayerStatistics, Request
-from .activations import centred, decompose, mean_of, rounding
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min
-from .sketching import (
+from .method import Method, MethodInfo, require_rank_at_most_min
+from .parts.activations import centred, decompose, mean_of, rounding
+from .parts.sketching import (
     SketchChoice,
     centred_sketch,
     chosen_sketch,
@@ -101,7 +102,7 @@ def principal_of_sketch(
     """Return approximately the leading eigenpairs of the covariance ``C − μμᵀ`` from ``CΩ``, in its dtype.
 
     Warns:
-        UserWarning: the sketch misses much, see `lorainit.methods.sketching.warn_if_missed`.
+        UserWarning: the sketch misses much, see `lorainit.methods.parts.sketching.warn_if_missed`.
     """
     require_rank(sketch, rank)
     rest = centred_sketch(sketch, test, input_mean)
@@ -190,7 +191,7 @@ class EVA(Method):
         return _assemble(found, site.rank, site.out_features, whiten=self.whiten, tokens=statistics.tokens)
 
     def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
-        """Return what `lorainit.ranks.allocate` pools: the variances along the principal directions.
+        """Return what `lorainit.start.budget.allocate` pools: the variances along the principal directions.
 
         A sketch tells as many as it has columns; the rest of the energy is spread over the rest of them.
         """

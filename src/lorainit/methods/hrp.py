@@ -24,16 +24,17 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import offset
 from .._typing import Float, Tensor
+from ..adapter import offset
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
-from ..generators import layer_generator
-from ..linalg import SVD, canonical_signs, require_rank
-from ..sites import LoraSite
+from ..numerics.linalg import SVD, canonical_signs, require_rank
+from ..numerics.seeds import layer_generator
 from ..statistics.batches import iterate, summed_loss
 from ..statistics.collect import base_only
 from . import kaiming
-from .method import Factors, Fit, MethodInfo, TrainedMethod, require_rank_at_most_min
+from .method import Fit, MethodInfo, TrainedMethod, require_rank_at_most_min
 
 
 def factors(A: Float[Tensor, "h in"], B: Float[Tensor, "out h"], rank: int) -> Factors:

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from ..sites import LoraSite
-from .method import Factors, Method, MethodInfo
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
+from .method import Method, MethodInfo
 
 
 def factors(out_features: int, in_features: int, rank: int, *, generator: torch.Generator) -> Factors:

@@ -19,12 +19,13 @@ from typing import ClassVar
 import torch
 
 from .._typing import Float, Tensor
+from ..adapter.factors import Factors
+from ..adapter.quantized import is_quantized
+from ..adapter.sites import LoraSite
+from ..adapter.unquantized import original_weight
 from ..errors import LoraInitError, UnsupportedLayerError
-from ..linalg import exact_svd, frobenius_norm, randomized_svd, require_sketch
-from ..original_weights import original_weight
-from ..quantized import is_quantized
-from ..sites import LoraSite
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min
+from ..numerics.linalg import exact_svd, frobenius_norm, randomized_svd, require_sketch
+from .method import Method, MethodInfo, require_rank_at_most_min
 from .pissa import split_evenly
 
 _LARGEST_ERROR = 0.5  # of |W|: 2 bits are below it, another matrix is at 1.4

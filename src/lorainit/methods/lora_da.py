@@ -22,16 +22,17 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import SVD, canonical_signs, randomized_svd, require_rank
-from ..sites import LoraSite
-from ..solvers import damped_cholesky, spectral_norm
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
+from ..numerics.iterative import damped_cholesky, spectral_norm
+from ..numerics.linalg import SVD, canonical_signs, randomized_svd, require_rank
 from ..statistics.batches import MaskKind
 from ..statistics.collect import Request
 from ..statistics.layer import LayerStatistics
-from .gradient import collected, naming, require_signal
-from .guidance import Factorize, Guidance, curvature, held_out_damping
-from .lora_da_types import Mode, Options, Solution
-from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min
+from .method import Method, MethodInfo, require_choice, require_rank_at_most_min
+from .parts.gradient import collected, naming, require_signal
+from .parts.guidance import Factorize, Guidance, curvature, held_out_damping
+from .parts.lora_da import Mode, Options, Solution
 
 _DOUBLE_UP_TO = 2048  # inputs; wider ones are solved in float32 where that is safe
 
@@ -290,7 +291,7 @@ class LoRADA(Options, Method):
         return self.solve(site, generator, statistics).factors
 
     def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
-        """Return what `lorainit.ranks.allocate` pools: −ω of every eigenvalue of Ω that is below zero.
+        """Return what `lorainit.start.budget.allocate` pools: −ω of every eigenvalue of Ω that is below zero.
 
         It is the displacement that a direction keeps less the variance that fitting it costs, in the units of the loss
         but for σ², which differs from layer to layer.

@@ -19,13 +19,14 @@ from typing import ClassVar, Literal
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import SVD, exact_svd, randomized_svd, require_sketch
-from ..sites import LoraSite
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
+from ..numerics.linalg import SVD, exact_svd, randomized_svd, require_sketch
 from ..statistics import LayerStatistics, Request
-from .activations import rounding
-from .gradient import collected, gradient_energies, leading_triplets, naming
-from .method import Factors, Method, MethodInfo, require_choice
-from .sketching import SketchChoice, chosen_sketch, require_sketch_option, triplets_of_sketch
+from .method import Method, MethodInfo, require_choice
+from .parts.activations import rounding
+from .parts.gradient import collected, gradient_energies, leading_triplets, naming
+from .parts.sketching import SketchChoice, chosen_sketch, require_sketch_option, triplets_of_sketch
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["stable", "gd", "unit", "weightS"]
@@ -207,7 +208,7 @@ class LoRAGA(Method):
             return factors(gradient, site.rank, **options)
 
     def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
-        """Return what `lorainit.ranks.allocate` pools: the squared singular values of the gradient."""
+        """Return what `lorainit.start.budget.allocate` pools: the squared singular values of the gradient."""
         with naming(site):
             return gradient_energies(collected(statistics, self.streams)["weight_gradient"].to(site.device))
 

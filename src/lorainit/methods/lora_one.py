@@ -17,13 +17,14 @@ from typing import ClassVar
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import SVD, canonical_signs, require_sketch
-from ..sites import LoraSite
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
+from ..numerics.linalg import SVD, canonical_signs, require_sketch
 from ..statistics import LayerStatistics, Request
-from .activations import keep_alive, leading, rounding
-from .gradient import collected, gradient_energies, leading_triplets, naming
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min
-from .sketching import SketchChoice, chosen_sketch, require_sketch_option, triplets_of_sketch
+from .method import Method, MethodInfo, require_rank_at_most_min
+from .parts.activations import keep_alive, leading, rounding
+from .parts.gradient import collected, gradient_energies, leading_triplets, naming
+from .parts.sketching import SketchChoice, chosen_sketch, require_sketch_option, triplets_of_sketch
 
 
 def factors(
@@ -128,6 +129,6 @@ class LoRAOne(Method):
             return factors(gradient, site.rank, generator=generator, **options)
 
     def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
-        """Return what `lorainit.ranks.allocate` pools: the squared singular values of the gradient."""
+        """Return what `lorainit.start.budget.allocate` pools: the squared singular values of the gradient."""
         with naming(site):
             return gradient_energies(collected(statistics, self.streams)["weight_gradient"].to(site.device))

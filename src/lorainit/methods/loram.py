@@ -18,11 +18,12 @@ from typing import ClassVar, Literal
 import torch
 
 from .._typing import Float, Tensor
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
 from ..errors import UnsupportedLayerError
-from ..linalg import frobenius_norm, product_mean, product_norm, require_rank, total
-from ..sites import LoraSite
+from ..numerics.linalg import frobenius_norm, product_mean, product_norm, require_rank, total
 from ..statistics import LayerStatistics, Request
-from .method import Factors, Method, MethodInfo, require_choice, require_rank_at_most_min, start_layer
+from .method import Method, MethodInfo, require_choice, require_rank_at_most_min, start_layer
 
 Statistic = Literal["mean_square", "variance"]
 Gain = Literal["log", "log_half", "svd"]

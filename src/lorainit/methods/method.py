@@ -11,19 +11,13 @@ import torch
 from torch import nn
 
 from .._typing import Float, Tensor
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, UnsupportedLayerError
-from ..sites import LoraSite
 from ..statistics import LayerStatistics, Request
 
 Product = Literal["zero", "preserve", "step"]
 Comparison = Literal["proxy", "pairs"]
-
-
-class Factors(NamedTuple):
-    """The start of one adapter, in PEFT's orientation: the layer adds ``scaling * B @ A @ x``."""
-
-    A: Float[Tensor, "r in"]
-    B: Float[Tensor, "out r"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +99,7 @@ class Method(abc.ABC):
         """
 
     def energies(self, *args: Any, **kwargs: Any) -> Float[Tensor, " k"]:
-        """Return what the components of a layer's start are worth, descending: see `lorainit.ranks.allocate`.
+        """Return what the components of a layer's start are worth, descending: see `lorainit.start.budget.allocate`.
 
         Args:
             args: the `LoraSite` and, only if the method has a `request`, the layer's `LayerStatistics`.

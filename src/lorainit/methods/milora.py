@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 
 from .._typing import Float, Tensor
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
 from ..errors import UnsupportedLayerError
-from ..linalg import exact_svd
-from ..sites import LoraSite
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min
+from ..numerics.linalg import exact_svd
+from .method import Method, MethodInfo, require_rank_at_most_min
 from .pissa import split_evenly
 
 

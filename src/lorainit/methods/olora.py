@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import require_rank
-from ..sites import LoraSite
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
+from ..numerics.linalg import require_rank
+from .method import Method, MethodInfo, require_rank_at_most_min
 
 
 def factors(weight: Float[Tensor, "out in"], rank: int) -> Factors:

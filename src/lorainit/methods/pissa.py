@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 
 from .._typing import Float, Tensor
-from ..linalg import SVD, exact_svd, randomized_svd, require_sketch, squared_singular_values
-from ..sites import LoraSite
-from .method import Factors, Method, MethodInfo, require_rank_at_most_min
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
+from ..numerics.linalg import SVD, exact_svd, randomized_svd, require_sketch, squared_singular_values
+from .method import Method, MethodInfo, require_rank_at_most_min
 
 
 def split_evenly(svd: SVD, scaling: float) -> Factors:
@@ -81,5 +82,5 @@ class PiSSA(Method):
         return factors(site.weight(), site.rank, site.scaling, generator=generator, **dataclasses.asdict(self))
 
     def energies(self, site: LoraSite) -> Tensor:
-        """Return what `lorainit.ranks.allocate` pools: the squared singular values of W."""
+        """Return what `lorainit.start.budget.allocate` pools: the squared singular values of W."""
         return squared_singular_values(site.weight())

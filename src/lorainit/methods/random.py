@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
 from ..errors import UnsupportedLayerError
-from ..sites import LoraSite
-from .method import Factors, Method, MethodInfo
+from .method import Method, MethodInfo
 
 
 def factors(reference: Factors, *, generator: torch.Generator) -> Factors:

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import memory
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
-from ..processes import ALONE, Processes
-from ..sites import LoraSite
+from ..machine import memory
+from ..machine.processes import ALONE, Processes
 from .batches import iterate
 from .layer import LayerStatistics
 from .lockstep import passes_of

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from ..adapter.experts import Expert
 from ..errors import UnsupportedLayerError
-from ..experts import Expert
 
 OnCall = Callable[[Expert, Tensor, Tensor], Tensor | None]
 

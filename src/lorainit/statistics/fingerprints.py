@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..processes import ALONE, Processes
-from ..quantized import dequantized, is_quantized
-from ..sharding import whole
-from ..sites import site_name
+from ..adapter.quantized import dequantized, is_quantized
+from ..adapter.sites import site_name
+from ..machine.processes import ALONE, Processes
+from ..machine.sharding import whole
 from .batches import iterate
 
 _CHUNK = 2**24  # entries that are copied to the CPU at a time

@@ -45,7 +45,7 @@ class LayerStatistics:
         input_second_moment: Σ x xᵀ.
         input_sum: Σ x.
         input_magnitude: Σ |x|, entry by entry.
-        input_sketch: Σ x (xᵀ Ω), Ω = `lorainit.sketches.test_matrix`.
+        input_sketch: Σ x (xᵀ Ω), Ω = `lorainit.numerics.sketches.test_matrix`.
         input_energy: Σ ‖x‖².
         cross_second_moment: Σ x x_fᵀ with x_f the input that x is paired with, see `lorainit.statistics.pairs`.
         output_gradient_squares: Σ g ⊙ g: the diagonal of Σ g gᵀ.

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .. import memory, sharding
 from ..errors import LoraInitError
-from ..processes import Processes
+from ..machine import memory, sharding
+from ..machine.processes import Processes
 from .batches import to_device
 
 About = TypeVar("About")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
-from ..processes import ALONE, Processes
-from ..sites import LoraSite
+from ..machine.processes import ALONE, Processes
 from .batches import describe, forward, iterate, position_masks
 from .collect import base_only
 from .layer import LayerStatistics

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
-from ..sites import LoraSite
 
 Side = Literal["input", "decoder", "encoder"]
 _DECODERS = ("decoder", "text_decoder")

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..sites import LoraSite
+from ..adapter.sites import LoraSite
 from .batches import MaskKind
 
 INPUT_STREAMS = frozenset({"input_second_moment", "input_sum", "input_magnitude", "input_sketch", "input_energy"})

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..processes import Processes
+from ..machine.processes import Processes
 from .layer import LayerStatistics, Shared
 from .place import COMPUTED, Place
 from .request import INPUT_STREAMS

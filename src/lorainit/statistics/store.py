@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .._typing import Tensor
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
-from ..processes import ALONE, Processes
-from ..sites import LoraSite
+from ..machine.processes import ALONE, Processes
 from .collect import collect
 from .fingerprints import data_fingerprint, model_fingerprint, tensor_fingerprint
 from .layer import LayerStatistics

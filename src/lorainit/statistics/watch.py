@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..adapter.experts import Expert
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
-from ..experts import Expert
-from ..sites import LoraSite
-from ..sketches import test_matrix
+from ..numerics.sketches import test_matrix
 from .batches import (
     NO_BATCH,
     LossFunction,

@@ -7,12 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from ..adapter_folder import PREFIX, read_adapter
+from ..adapter.factors import Factors
+from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
-from ..linalg import product_norm
 from ..methods import kaiming
-from ..methods.method import Factors, Method, MethodInfo
-from ..sites import LoraSite
+from ..methods.method import Method, MethodInfo
+from ..numerics.linalg import product_norm
+from ..saving.folder import PREFIX, read_adapter
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,9 +37,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import LoraInitError
-from ..ranks import RankRule
+from ..start.budget import RankRule
 from ..tasks import DataOptions
-from ..training import Calibration, Recipe
+from ..train.run import Calibration, Recipe
 from .controls import CONTROLS
 
 TEACHER, DRIFT = "teacher:", "drift:"

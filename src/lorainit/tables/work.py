@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraInitError, NonFiniteError
-from ..lock import taken
-from ..training import Recipe, train
+from ..machine.lock import taken
+from ..train.run import Recipe, train
 from .evaluations import answering, evaluate
 from .measured import Measured
 from .place import SCRATCH, Place, has_diverged, read_result

@@ -1,0 +1,289 @@
+"""Writes a start into an adapter, and puts everything back when something fails."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from ..errors import LoraInitError, NonFiniteError, UnsupportedLayerError
+from ..machine import sharding
+from . import offset
+from .factors import Factors
+from .sites import LoraSite, adapter_config, site_name
+
+Base = Literal["keep", "offset", "subtract"]
+
+
+class Undo:
+    """What was changed so far, and how to put it back.
+
+    Adapters are small and are copied before they are written; a base weight is copied only where ``base="subtract"``
+    edits it.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing to undo."""
+        self._adapters: list[tuple[LoraSite, list[Tensor], bool | None]] = []
+        self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._calls: list[Callable[[], object]] = []
+
+    def remember_adapter(self, site: LoraSite) -> None:
+        """Copy the adapter's trained factors and its offset, if it has one."""
+        pair = (site.lora_A, site.lora_B)
+        copies = [offset.trained_factor(m).detach().clone() for m in pair]
+        edited = None
+        if offset.is_attached(site.lora_A):
+            copies += [m.offset.clone() for m in pair]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            edited = bool(site.lora_A.base_edited)
+        self._adapters.append((site, copies, edited))
+
+    def remember_tensor(self, tensor: Tensor) -> None:
+        """Copy a tensor that is about to be written in place."""
+        self._tensors.append((tensor, tensor.detach().clone()))
+
+    def remember_config(self, model: nn.Module, adapter_name: str) -> None:
+        """Note the adapter's config, if it has one, and the class of what holds it: others take their places."""
+        config = adapter_config(model, adapter_name)
+        if config is None:
+            return
+        configs: dict[str, Any] = model.peft_config  # pyright: ignore[reportAssignmentType]
+        tuners = [(module, type(module)) for module in model.modules() if isinstance(module, BaseTuner)]
+
+        def put_back() -> None:
+            configs[adapter_name] = config
+            for tuner, kind in tuners:
+                tuner.__class__ = kind
+
+        self.call(put_back)
+
+    def remember_switches(self, model: nn.Module) -> None:
+        """Note what passes of the base switch, training mode, adapters and gradients, and which hooks there are.
+
+        Every pass puts all of it back by itself, unless Ctrl-C comes just while it does so.
+        """
+        modules: list[Any] = list(model.modules())
+        training = [(module, module.training) for module in modules]
+        disabled = [(module, module._disable_adapters) for module in modules if hasattr(module, "_disable_adapters")]
+        gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        hooks = [(held, dict(held)) for m in modules for held in (m._forward_hooks, m._forward_pre_hooks)]
+
+        def put_back() -> None:
+            for module, flag in training:
+                module.training = flag
+            for layer, flag in disabled:
+                layer._disable_adapters = flag
+            for parameter, flag in gradients:
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
+            for held, before in hooks:
+                for added in held.keys() - before.keys():
+                    del held[added]
+
+        self.call(put_back)
+
+    def call(self, put_back: Callable[[], object]) -> None:
+        """Remember a change of another kind by what takes it back; the last one is taken back first."""
+        self._calls.append(put_back)
+
+    def restore(self) -> None:
+        """Put every remembered tensor back, bit for bit, and take the other changes back."""
+        with torch.no_grad():
+            for tensor, copy in reversed(self._tensors):  # what is remembered twice was first what it is to be
+                tensor.copy_(copy)
+            for site, copies, edited in reversed(self._adapters):
+                pair = (site.lora_A, site.lora_B)
+                offset.detach(*pair)
+                if edited is not None:
+                    for module, frozen in zip(pair, copies[2:], strict=True):
+                        offset.trained_factor(module).copy_(frozen)
+                    offset.attach(*pair, base_edited=edited, experts=site.experts)
+                for module, trained in zip(pair, copies[:2], strict=True):
+                    offset.trained_factor(module).copy_(trained)
+        for put_back in reversed(self._calls):  # last: they may put modules back that the tensors are not of
+            put_back()
+
+
+@contextlib.contextmanager
+def all_or_nothing() -> Iterator[Undo]:
+    """Yield an `Undo`; on any exception, Ctrl-C included, restore what it remembers and re-raise."""
+    undo, gradients = Undo(), torch.is_grad_enabled()
+    try:
+        yield undo
+    except BaseException:
+        torch.set_grad_enabled(gradients)  # Ctrl-C may come when torch.no_grad is just about to do so
+        undo.restore()
+        raise
+
+
+def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
+    """Write a start into the adapter and treat the base as asked; return whether an offset or edit was needed.
+
+    The factors are rounded to the adapter's dtype *first*: A₀, B₀ are the stored values, so the offset cancels them to
+    the last bit and a subtraction removes what the adapter really adds. Where B₀A₀ = 0 because a factor is zero, there
+    is nothing to offset and the adapter stays plain.
+
+    Raises:
+        NonFiniteError: the start holds NaN or infinity, possibly only in the adapter's dtype.
+        UnsupportedLayerError: A = B = 0 in the adapter's dtype: neither would ever get a gradient.
+        LoraInitError: the adapter's bias or DoRA magnitude has been trained.
+    """
+    pair = (site.lora_A, site.lora_B)
+    trained = [offset.trained_factor(module) for module in pair]
+    stored = [factor.to(old.device, old.dtype).reshape(old.shape) for factor, old in zip(start, trained, strict=True)]
+    largest = [float(factor.abs().max()) for factor in stored]  # one read serves every check; NaN stays NaN
+    _check_start(site, *largest)
+    undo.remember_adapter(site)
+    if _has_magnitude(site):
+        undo.remember_tensor(_magnitude(site))
+    offset.detach(*pair)
+    with torch.no_grad():
+        for parameter, factor in zip(trained, stored, strict=True):
+            parameter.copy_(sharding.cut_like(factor, parameter))
+        held = base != "keep" and 0 not in largest
+        if held and base == "subtract":
+            _subtract(site, undo)
+            _refresh_magnitude(site)
+        if held:
+            offset.attach(*pair, base_edited=base == "subtract", experts=site.experts)
+        if base != "subtract" or not held:
+            _refresh_magnitude(site)
+    return held
+
+
+def write_factors(site: LoraSite, factors: Factors) -> None:
+    """Write factors into an adapter that has been started, and is remembered, already; an offset stays as it is.
+
+    Raises:
+        NonFiniteError: they are not finite in the adapter's dtype.
+        UnsupportedLayerError: both are zero there.
+    """
+    trained = [offset.trained_factor(module) for module in (site.lora_A, site.lora_B)]
+    stored = [factor.to(old.device, old.dtype).reshape(old.shape) for factor, old in zip(factors, trained, strict=True)]
+    if not all(bool(torch.isfinite(factor).all()) for factor in stored):
+        raise NonFiniteError(f"layer '{site.name}': the start is not finite in the adapter's {trained[0].dtype}")
+    if not any(bool(factor.any()) for factor in stored):
+        raise UnsupportedLayerError(f"layer '{site.name}': the start is dead: A = B = 0 in the adapter's dtype")
+    with torch.no_grad():
+        for parameter, factor in zip(trained, stored, strict=True):
+            parameter.copy_(sharding.cut_like(factor, parameter))
+        _refresh_magnitude(site)
+
+
+def _has_magnitude(site: LoraSite) -> bool:
+    return site.adapter in site.layer.lora_magnitude_vector
+
+
+def _magnitude(site: LoraSite) -> nn.Parameter:
+    return site.layer.lora_magnitude_vector[site.adapter].get_parameter("weight")
+
+
+def _refresh_magnitude(site: LoraSite) -> None:
+    """Set DoRA's magnitude to the row norms of what the layer now is, W + s·BA, so that at step 0 it changes nothing.
+
+    PEFT does this when it makes an adapter, from the factors of that moment.
+    """
+    if not _has_magnitude(site):
+        return
+    norms = _row_norms(site)
+    zero = int((norms == 0).sum())
+    if zero:
+        raise UnsupportedLayerError(
+            f"layer '{site.name}': {zero} rows of the weight are zero (those of padding tokens, in a tied output "
+            "layer), and DoRA divides by their norm"
+        )
+    _magnitude(site).copy_(norms)
+
+
+def _row_norms(site: LoraSite, *, with_update: bool = True) -> Tensor:
+    """Return the row norms of W + s·BA, or of W, as PEFT's forward pass computes them, to the last bit."""
+    A, B = offset.update_factors(site.lora_A, site.lora_B)
+    weight = site.stored_weight()
+    if site.kind != "linear":  # as it lies in the layer
+        weight = site.base_layer.get_parameter("weight").detach()
+    update = (B.flatten(1) @ A.flatten(1)).to(weight.dtype) * with_update
+    dora: Any = site.layer.lora_magnitude_vector[site.adapter]
+    norms = dora.get_weight_norm(weight, update.reshape(weight.shape) if site.kind == "conv" else update, site.scaling)
+    return norms.detach().reshape(_magnitude(site).shape)
+
+
+def _check_start(site: LoraSite, largest_A: float, largest_B: float) -> None:
+    """Raise unless the factors, as the adapter would hold them, can train and are all that the adapter adds.
+
+    Args:
+        site: the layer.
+        largest_A: the largest magnitude in A.
+        largest_B: the largest magnitude in B.
+    """
+    dtype = offset.trained_factor(site.lora_A).dtype
+    if not (math.isfinite(largest_A) and math.isfinite(largest_B)):
+        raise NonFiniteError(f"layer '{site.name}': the start is not finite in the adapter's {dtype}")
+    if largest_A == largest_B == 0:
+        raise UnsupportedLayerError(
+            f"layer '{site.name}': the start is dead: A = B = 0 in the adapter's {dtype} would never train; "
+            "is the weight zero?"
+        )
+    bias = getattr(site.lora_B, "bias", None)
+    if bias is not None and bool(bias.any()):
+        raise LoraInitError(f"layer '{site.name}': lora_B has a trained bias; start from a fresh adapter")
+    if _has_magnitude(site):
+        magnitude = _magnitude(site).detach()
+        untrained = [_row_norms(site, with_update=with_update) for with_update in (True, False)]
+        # PEFT computed it in the base's precision
+        rounding = 8 * max(torch.finfo(t.dtype).eps for t in (*untrained, magnitude))
+        if not any(torch.allclose(magnitude.to(norms), norms, rtol=rounding, atol=0) for norms in untrained):
+            raise LoraInitError(
+                f"layer '{site.name}': DoRA has a trained magnitude (not the norm of the base weight and the update); "
+                "start from a fresh adapter"
+            )
+
+
+def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
+    """Raise if a base weight cannot be edited without side effects: quantized, shared, or saved with the adapter."""
+    embeddings = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for site in sites:
+        if site.kind == "experts":
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': base='subtract' does not edit expert parameters; use base='offset'"
+            )
+        weight = getattr(site.base_layer, "weight", None)
+        if not (isinstance(weight, Tensor) and weight.dtype.is_floating_point and type(weight) is nn.Parameter):
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': base='subtract' cannot edit a {type(site.base_layer).__name__}; "
+                "use base='offset'"
+            )
+        if type(site.layer.lora_variant.get(site.adapter)).__name__.startswith("ALora"):
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': base='subtract' changes what the layer does to every token, an "
+                "ALoraLinearVariant only to those after its invocation; use base='offset'"
+            )
+        own = f"{site.name}.base_layer.weight"
+        others = [name for name in owners.get(id(weight), []) if site_name(name) != own]
+        if others:
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': base='subtract' would also edit {', '.join(others)}, which shares its weight; "
+                "use base='offset'"
+            )
+        if site.layer in embeddings:
+            raise UnsupportedLayerError(
+                f"layer '{site.name}': PEFT writes the weight of an adapted output layer into every checkpoint, where "
+                "one that base='subtract' has edited would pass for the original; use base='offset'"
+            )
+
+
+def _subtract(site: LoraSite, undo: Undo) -> None:
+    """Edit the base, W ← W − s·B₀A₀, from the stored factors in at least float32."""
+    parameter = site.base_layer.get_parameter("weight")
+    undo.remember_tensor(parameter)
+    weight = site.weight()
+    A, B = (factor.to(weight.dtype) for factor in site.factors())
+    residual = torch.addmm(weight, B, A, alpha=-site.scaling)
+    parameter.copy_(residual.T if site.kind == "conv1d" else residual.reshape(parameter.shape))

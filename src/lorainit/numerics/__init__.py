@@ -1,0 +1,1 @@
+"""Mathematics without a model: products and norms, iterative solvers, sketches, seeded streams."""

@@ -1,0 +1,1 @@
+"""Writes adapters to folders, checks and loads them; what servers make of them."""

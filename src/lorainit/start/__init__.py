@@ -1,0 +1,1 @@
+"""Starts the adapters of a model: find, collect, solve, write, finish."""

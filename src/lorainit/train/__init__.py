@@ -1,0 +1,1 @@
+"""Trains as a recipe says: model, adapter, start, Trainer, result."""
