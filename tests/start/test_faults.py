@@ -66,6 +66,10 @@ WRITING = ("adapter/write", "adapter/offset")  # what is half done in these is t
 OTHERS = (
     "saving/checkpoint",
     "start/initialize",
+    "start/collect",
+    "start/solve",
+    "start/write",
+    "start/finish",
     "adapter/scaling",
     "adapter/rank",
     "statistics/collect",
