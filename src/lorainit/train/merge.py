@@ -122,7 +122,7 @@ def _choose(name: str, config: PretrainedConfig, adapter: _Adapter) -> tuple[Any
         try:
             network, fitted = _with_head_of(adapter, model_class, config)
         except (ValueError, TypeError, AttributeError, ImportError) as error:
-            reasons.append(f"{model_class.__name__} cannot be made: {str(error).splitlines()[0]}")
+            reasons.append(f"{model_class.__name__} cannot be made: {_first_line(error)}")
             continue
         reason = adapter.misfit(network)
         if reason is None:
@@ -131,7 +131,7 @@ def _choose(name: str, config: PretrainedConfig, adapter: _Adapter) -> tuple[Any
     raise LoraInitError(
         f"{adapter.source}: it cannot be told which model class of '{name}' the adapter is for (task_type "
         f"{adapter.config.task_type}, auto_mapping {adapter.config.auto_mapping}, the base's architectures "
-        f"{config.architectures}): {'; '.join(reasons)}"
+        f"{config.architectures}): {'; '.join(dict.fromkeys(reasons))}"
     )
 
 
@@ -167,11 +167,17 @@ def _without_weights(model_class: Any, config: PretrainedConfig) -> nn.Module:
 
 def _save_processor(name: str, path: str, output: str) -> None:
     """Save the base's tokenizer or processor with the merged model; warn if it has none."""
+    reason = ""
     for kind in (AutoProcessor, AutoTokenizer):
         try:
-            kind.from_pretrained(path).save_pretrained(output)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            processor = kind.from_pretrained(path)
+        except Exception as error:  # where its files are absent, each class fails in its own way
+            reason = reason or _first_line(error)
         else:
+            processor.save_pretrained(output)
             return
     warnings.warn(f"model '{name}': no tokenizer or processor goes with the merged model: {reason}", stacklevel=3)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
