@@ -3,6 +3,7 @@
 - ``index.md`` is the README, ``changelog.md`` the CHANGELOG.
 - ``methods/NAME.md``: a page for every start in ``src/lorainit/methods``, from its ``MethodInfo``, its docstrings, its
   options and its row in the reference suite's report. The source is read, not imported.
+- The tables in ``methods/index.md`` are committed, for readers on GitHub: ``python docs/hooks.py`` writes them anew.
 - A link to a file of the repository that is no page of the site leads to it on GitHub; a missing file is an error.
 """
 
@@ -12,6 +13,7 @@ import ast
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "benchmarks/results/reference/report.md"
+OVERVIEW = ROOT / "docs/methods/index.md"
+BEGIN, END = "<!-- written by docs/hooks.py -->", "<!-- until here -->"
 
 NEEDS = {
     (): "nothing but the weights",
@@ -35,15 +39,23 @@ NEEDS = {
 STEP_0 = {
     "zero": "unchanged: BA = 0",
     "preserve": "unchanged, exactly: BA ≠ 0 in the [offset form](../offset.md)",
-    "step": 'moves: the start is itself a first step (`base="offset"` holds it back)',
+    "step": "moves by s·BA, which is kept",
+}
+AT_HAND = {
+    (): "No data are at hand, or none are to be read.",
+    ("weights",): "The base is quantized, and its full weights are at hand.",
+    ("forward",): "Batches of the task are at hand, with or without labels.",
+    ("backward",): "Labelled batches of the task are at hand, and there is memory for gradients.",
+    ("forward", "backward"): "Labelled batches of the task are at hand, and there is memory for gradients.",
+    ("forward", "backward", "training"): "Some steps can be spent on the start before training begins.",
 }
 WHEN = {
     "zero": "The function stays, but A may be of another size than vanilla's, and want another learning rate: tune it, "
     "or ask `lorainit.suggest_lr`.",
     "preserve": "Tune the learning rate for it, or pass `match_lr=True`: with BA ≠ 0 the rate that suits vanilla LoRA "
     "is usually too high.",
-    "step": "Meant for few training steps: the start is the first of them. The report's |sBA|/|W| says how far the "
-    "function has moved before training begins.",
+    "step": "The function moves by s·BA before training begins: the report's |sBA|/|W| says how far. In few training "
+    "steps this counts most.",
 }
 
 
@@ -141,6 +153,11 @@ def evidence() -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
 
+def _sentence(text: str) -> str:
+    """Begin with a capital letter, unless a formula comes first."""
+    return text[0].upper() + text[1:] if text[:2].isalpha() else text
+
+
 def _source(paper: str) -> str:
     """Return a reference with its arXiv number or DOI as a link."""
     paper = re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
@@ -152,13 +169,15 @@ def _with_formulas(text: str) -> str:
 
     def fenced(block: re.Match[str]) -> str:
         lines = "\n".join(re.sub(r"[,;] {3,}", "\n", line.strip()) for line in block.group(0).strip().splitlines())
-        return f"```{{ .text .formula }}\n{lines}\n```\n"
+        return f"```{{ .text .formula }}\n{lines.replace('`', '')}\n```\n"
 
     return re.sub(r"(?:^ {4}.*\n?)+", fenced, text, flags=re.MULTILINE)
 
 
 def _cell(text: str) -> str:
-    return text.replace("``", "`").replace("|", "\\|")
+    """Escape the bars of a table's cell; within backticks they are none."""
+    pieces = text.replace("``", "`").split("`")
+    return "`".join(piece if i % 2 else piece.replace("|", "\\|") for i, piece in enumerate(pieces))
 
 
 def _page(start: Start, measured: dict[str, str] | None) -> str:
@@ -180,7 +199,7 @@ def _page(start: Start, measured: dict[str, str] | None) -> str:
     names = ", ".join(f"`{name}`" for name in (info["name"], *info["aliases"]))
     parts = [
         f"# {re.sub(r' start| [(]reconstruction[)]', '', name) or start.cls.name}",
-        subtitle[0].upper() + subtitle[1:],
+        _sentence(subtitle),
         about,
         *(
             [
@@ -196,14 +215,14 @@ def _page(start: Start, measured: dict[str, str] | None) -> str:
         f"| the function at step 0 | {STEP_0[info['product']]} |\n"
         f"| source | {_source(info['paper'])} |\n"
         f"| code | [`{path}`](../../{path}) |",
-        f"## Formula\n\n{info['summary']}.",
+        f"## Formula\n\n{_sentence(info['summary'])}.",
         _with_formulas(body),
         "## Options",
         "\n".join(table) if rows else "It has none.",
         "## Cost and evidence",
         _measured(info["name"], measured),
         "## When",
-        " ".join([WHEN[info["product"]], *filter(None, extras)])
+        " ".join([AT_HAND[_needs(start)], WHEN[info["product"]], *filter(None, extras)])
         if info["name"] != "kaiming"
         else "First. It is what every other start has to beat at its own best learning rate.",
         "## The mathematics, as functions of tensors" if functions else "",
@@ -225,29 +244,43 @@ def _measured(name: str, row: dict[str, str] | None) -> str:
     )
 
 
-def _overview(found: list[Start]) -> str:
-    """Return a table of all starts for each of what they need."""
+def _overview(found: list[Start], page: Callable[[Start], str]) -> str:
+    """Return a table of the starts for each of what they need, their names as links to ``page``."""
     parts = []
     for needs in dict.fromkeys(map(_needs, found)):
         rows = [
-            f"| [`{s.info['name']}`]({s.page}) | {_cell(s.info['summary'])}"
+            f"| [`{s.info['name']}`]({page(s)}) | {_cell(s.info['summary'])}"
             f"{' (a **reconstruction**)' if s.info['status'] == 'reconstruction' else ''} "
-            f"| {STEP_0[s.info['product']].split(':')[0]} | {_source(s.info['paper'])} |"
+            f"| {STEP_0[s.info['product']].split(':')[0].split(',')[0]} | {_source(s.info['paper'])} |"
             for s in found
             if _needs(s) == needs
         ]
-        head = NEEDS[needs][0].upper() + NEEDS[needs][1:]
-        parts.append(
-            "\n".join(
-                [f"## {head}\n", "| name | start | the function at step 0 | source |", "|---|---|---|---|", *rows]
-            )
-        )
-    return "\n\n".join(parts) + "\n"
+        lines = [
+            f"## {_sentence(NEEDS[needs])}\n",
+            "| name | start | the function at step 0 | source |",
+            "|---|---|---|---|",
+            *rows,
+        ]
+        parts.append("\n".join(lines))
+    return f"{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}"
+
+
+def _with_overview(markdown: str, overview: str) -> str:
+    """Replace what stands between the two marks."""
+    before, rest = markdown.split(BEGIN)
+    return before + overview + rest.split(END)[1]
+
+
+def committed_overview(found: list[Start]) -> str:
+    """Return the tables as they are read on GitHub, where the names lead to the source."""
+    return _overview(found, lambda start: f"../../{start.module.filepath.relative_to(ROOT).as_posix()}")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the pages of the methods into the navigation."""
     config.extra["starts"] = found = starts()
+    if committed_overview(found) not in OVERVIEW.read_text():
+        raise PluginError(f"{OVERVIEW.relative_to(ROOT)} is out of date: run .venv-docs/bin/python docs/hooks.py")
     [methods] = [entry["Methods"] for entry in config.nav or [] if "Methods" in entry]
     methods += [{start.info["name"]: f"methods/{start.page}"} for start in found]
     return config
@@ -265,9 +298,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the table of the starts and lead each link to where it can be followed."""
+    """Let the table of the starts lead to their pages, and each link to where it can be followed."""
     if page.file.src_uri == "methods/index.md":
-        markdown = markdown.replace("<!-- starts -->", _overview(config.extra["starts"]))
+        markdown = _with_overview(markdown, _overview(config.extra["starts"], lambda start: start.page))
     # README and CHANGELOG lie at the root of the repository, the other pages below docs/
     at_root = page.file.src_uri in ("index.md", "changelog.md")
     folder = ROOT if at_root else ROOT / "docs" / Path(page.file.src_uri).parent
@@ -297,3 +330,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown,
         flags=re.M,
     )
+
+
+if __name__ == "__main__":
+    OVERVIEW.write_text(_with_overview(OVERVIEW.read_text(), committed_overview(starts())))
