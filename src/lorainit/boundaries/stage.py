@@ -110,7 +110,7 @@ class Stage:
 
     def _trace(self, batch: Any) -> Trace:
         fed = self.on_device(batch)
-        with switches.adapter(self.model, None), switches.mode(self.model, training=False):
+        with switches.evaluation(self.model):
             with switches.precision(self.device, self.autocast):
                 return trace(self.model, lambda: forward(self.model, fed))
 

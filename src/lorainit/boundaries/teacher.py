@@ -32,7 +32,7 @@ class Teacher:
     Attributes:
         kind: ``"base"``, ``"adapter"``, ``"folder"`` or ``"model"``.
         model: the network to run.
-        switched: puts it into the teacher's state for a while.
+        switched: switches its adapters to the teacher for a while; whoever runs it sets evaluation mode.
         warnings: what the user should know.
     """
 
@@ -57,7 +57,7 @@ def find_teacher(model: nn.Module, teacher: Any, student: str, reached: set[str]
     """
     if isinstance(teacher, nn.Module):
         _check_apart(model, teacher)
-        return Teacher("model", teacher, lambda: _evaluated(teacher))
+        return Teacher("model", teacher, contextlib.nullcontext)
     carrying = _layers_by_adapter(model)
     adapters = carrying.keys()
     if teacher == "base":
@@ -140,12 +140,6 @@ def _unseen_warning(teacher: str, layers: Iterable[str], reached: set[str]) -> t
         f"teacher {teacher} adapts no layer that runs before the last matched site (its first is '{layers[0]}'): what "
         "it teaches is what the base computes",
     )
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    with switches.mode(model, training=False):
-        yield
 
 
 @contextlib.contextmanager

@@ -6,11 +6,10 @@ where the start has moved the function). Held is one weight gradient a layer, an
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -145,14 +144,14 @@ class _Sums:
     def add(self, batch: Any) -> None:
         """Run everything that is needed over one batch."""
         adapter = self.sites[0].adapter
-        with _state(self.model, adapter), watched(self.model, self.names) as student:
+        with switches.evaluation(self.model, adapter), watched(self.model, self.names) as student:
             loss, terms, gradients = self._gradients(batch)
         self.loss, self.terms = self.loss + loss, self.terms + terms
         for name, gradient in gradients.items():
             layer = self.layers[name]
             layer.sketches.add(gradient)
             layer.now = gradient if layer.now is None else layer.now.add_(gradient)
-        with _state(self.model, None), watched(self.model, self.names) as of_base:
+        with switches.evaluation(self.model), watched(self.model, self.names) as of_base:
             self.base_loss += self._base(batch)
         signs = of_base if self.teacher.kind == "base" else self._teacher_signs(batch)
         self.agreement.add(student, signs, batch, self.model)
@@ -189,13 +188,6 @@ class _Sums:
             found = watch.finish()
         gradients = {name: statistics.weight_gradient for name, statistics in found.items()}
         return *seen[0], {name: g for name, g in gradients.items() if g is not None}
-
-
-@contextlib.contextmanager
-def _state(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Run with one adapter, or none, in evaluation mode, without gradients of parameters."""
-    with switches.adapter(model, adapter), switches.mode(model, training=False), switches.gradients_of(model, ()):
-        yield
 
 
 def _has_moved(site: LoraSite) -> bool:

@@ -122,8 +122,8 @@ class ABMLoRA(Options, TrainedMethod):
             held.enter_context(_default_dtype())
             held.enter_context(torch.enable_grad())  # the caller may have switched gradients off
             stage = held.enter_context(Stage(model, sites, data, self, seed))
-            held.enter_context(switches.values_of(parameters))
             held.enter_context(switches.gradients_of(model, parameters))
+            held.enter_context(switches.values_of(parameters))
             before = _compared(stage)
             begin = time.perf_counter()
             course = (descend if self.solver == "gradient" else solve_locally)(stage, progress=progress)

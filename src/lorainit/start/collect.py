@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..adapter.rank import resize
 from ..adapter.sites import LoraSite
-from ..adapter.write import Undo, write_start
+from ..adapter.undo import Undo
+from ..adapter.write import write_start
 from ..errors import LoraInitError
 from ..machine.precision import own_precision
 from ..machine.processes import Processes

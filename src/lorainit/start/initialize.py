@@ -26,7 +26,8 @@ from ..adapter.factors import Factors
 from ..adapter.offset import is_attached
 from ..adapter.quantized import unpacked
 from ..adapter.sites import LoraSite, base_editing_init, find_sites, lora_layers
-from ..adapter.write import Base, Undo, all_or_nothing, check_can_subtract
+from ..adapter.undo import Undo, all_or_nothing
+from ..adapter.write import Base, check_can_subtract
 from ..errors import LoraInitError, UnsupportedLayerError
 from ..machine import sharding
 from ..machine.cost import measure

@@ -15,7 +15,8 @@ from ..adapter.experts import Expert, Experts, stack_factors
 from ..adapter.factors import Factors
 from ..adapter.offset import is_attached
 from ..adapter.sites import LoraSite
-from ..adapter.write import Base, Undo, write_factors, write_start
+from ..adapter.undo import Undo
+from ..adapter.write import Base, write_factors, write_start
 from ..errors import UnsupportedLayerError
 from ..machine.precision import own_precision
 from ..methods import Method

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..adapter import switches
 from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
 from ..machine import memory
@@ -161,7 +161,7 @@ def _run(
     """Run the model over this process's batches; return False where memory ran out on the way."""
     device, samples = next(watch.model.parameters()).device, processes.share(watch.request.samples)
     try:
-        with passes_of(watch.model, processes) as passes, base_only(watch.model), watch:
+        with passes_of(watch.model, processes) as passes, switches.evaluation(watch.model), watch:
             found = iterate(batches, max_batches, samples, device, may_be_empty=processes.size > 1)
             bar = tqdm(found, desc="calibration", unit="batch", disable=not progress, leave=False)
             watch.run(bar, passes=passes, micro_batch=micro_batch)
@@ -170,29 +170,6 @@ def _run(
             raise
         return False
     return True
-
-
-@contextlib.contextmanager
-def base_only(model: nn.Module) -> Iterator[None]:
-    """Switch adapters, training mode and parameter gradients off, and put them back."""
-    layers: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
-    disabled = [m._disable_adapters for m in layers]
-    training = [(m, m.training) for m in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        model.eval()
-        yield
-    finally:
-        for layer, flag in zip(layers, disabled, strict=True):
-            layer._disable_adapters = flag
-        for module, flag in training:
-            module.training = flag
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 def _groups(sites: list[LoraSite], request: Request, budget: int | None, workspace: Workspace) -> list[list[LoraSite]]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..adapter import switches
 from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
 from ..machine.processes import ALONE, Processes
 from .batches import describe, forward, iterate, position_masks
-from .collect import base_only
 from .layer import LayerStatistics
 from .lockstep import Part, Passes, passes_of
 from .place import COMPUTED, Place
@@ -58,7 +58,7 @@ def collect_pairs(
     samples, several = processes.share(request.samples), processes.size > 1
     sets = (iterate(batches, None, samples, device, may_be_empty=several) for batches in (data, proxy_data))
     pairs = tqdm(zip_longest(*sets), desc="pairs", unit="batch", disable=not progress, leave=False)
-    with passes_of(model, processes) as passes, base_only(model), torch.no_grad():
+    with passes_of(model, processes) as passes, switches.evaluation(model), torch.no_grad():
         for pair, masks in passes.each(_whole(model, pairs, request)):
             watched = sites if masks is not None else ()
             both = zip(pair, masks or ({}, {}), strict=True)
