@@ -87,27 +87,14 @@ def collect_groups(
     remarks: list[str] | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
-    """Yield the groups of sites that fit the budget, each with its sums, as `collect` does.
+    """Yield the groups of sites that fit the budget, each with its sums; arguments and errors as of `collect`.
 
-    The experts of a stack stay in one group; their sums come by their names.
+    Two arguments come on top. ``workspace`` tells how many bytes the work on a layer takes beside its sums: they come
+    out of the budget too. ``remarks`` takes what the user should know.
 
-    The next group is only collected when it is asked for: drop the sums of one before that, and no more than the budget
-    is ever held. A group on which memory runs out all the same is split, and the data run again. Beside the arguments
-    of `collect`:
-
-    Args:
-        model: see there.
-        sites: see there.
-        data: see there.
-        request: see there.
-        max_batches: see there.
-        memory_budget: see there; what the work on a layer takes comes out of it, too.
-        micro_batch: see there.
-        place: see there.
-        processes: see there.
-        workspace: bytes that the work on a layer takes beside the sums.
-        remarks: takes what the user should know.
-        progress: see there.
+    The experts of a stack stay in one group; their sums come by their names. The next group is only collected when it
+    is asked for: drop the sums of one before that, and no more than the budget is ever held. A group on which memory
+    runs out all the same is split, and the data run again.
     """
     if micro_batch is not None and micro_batch < 1:
         raise LoraInitError(f"micro_batch must be ≥ 1 or None, got {micro_batch}")
@@ -116,28 +103,43 @@ def collect_groups(
     batches = list(data) if isinstance(data, Iterator) and not once else data
     while pending:
         group = pending.pop(0)
-        parts = [part for site in group for part in site.members]
-        watch = Watch(model, parts, request, place=place)
-        found = None
-        if all(processes.exchange(_run(watch, batches, max_batches, micro_batch, processes, progress))):
-            add_up(watch.statistics, processes, {part.name: part.device for part in parts}, place)
-            found = _finished(watch)
-        if not all(processes.exchange(found is not None)):
-            del watch, found
+        watch = Watch(model, [part for site in group for part in site.members], request, place=place)
+        found = _sums(watch, batches, max_batches, micro_batch, processes, progress)
+        del watch
+        if found is None:
             memory.free()
-            if len(group) == 1 or once:
-                raise LoraInitError(
-                    f"memory ran out while the statistics of {len(group)} layers ('{group[0].name}' first) were "
-                    "collected: pass memory_budget, a smaller micro_batch or offload=True, and data that can be "
-                    "iterated more than once"
-                )
-            pending[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
+            pending[:0] = _split(group, once)
             if remarks is not None:
                 remarks.append(f"memory ran out on a group of {len(group)} layers: it was split and the data run again")
             continue
-        assert found is not None
         yield group, found
-        del found, watch
+        del found
+
+
+def _split(group: list[LoraSite], once: bool) -> list[list[LoraSite]]:
+    """Return the halves of a group on which memory ran out; raise if that cannot help."""
+    if len(group) == 1 or once:
+        raise LoraInitError(
+            f"memory ran out while the statistics of {len(group)} layers ('{group[0].name}' first) were collected: "
+            "pass memory_budget, a smaller micro_batch or offload=True, and data that can be iterated more than once"
+        )
+    return [group[: len(group) // 2], group[len(group) // 2 :]]
+
+
+def _sums(
+    watch: Watch,
+    batches: Iterable[Any],
+    max_batches: int | None,
+    micro_batch: int | None,
+    processes: Processes,
+    progress: bool,
+) -> dict[str, LayerStatistics] | None:
+    """Return the sums over the data of all processes; None where memory ran out in one of them."""
+    found = None
+    if all(processes.exchange(_run(watch, batches, max_batches, micro_batch, processes, progress))):
+        add_up(watch.statistics, processes, {site.name: site.device for site in watch.sites}, watch.place)
+        found = _finished(watch)
+    return found if all(processes.exchange(found is not None)) else None
 
 
 def _finished(watch: Watch) -> dict[str, LayerStatistics] | None:
