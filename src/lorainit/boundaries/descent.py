@@ -28,7 +28,7 @@ _FLOAT16_SCALE = 2.0**16
 
 
 @dataclasses.dataclass
-class Course:
+class Outcome:
     """What a solver did.
 
     Attributes:
@@ -44,7 +44,7 @@ class Course:
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def trained(sites: list[LoraSite]) -> list[nn.Parameter]:
+def trained_factors(sites: list[LoraSite]) -> list[nn.Parameter]:
     """Return the factors that train, A and B of every layer."""
     return [offset.trained_factor(module) for site in sites for module in (site.lora_A, site.lora_B)]
 
@@ -55,15 +55,15 @@ def drift(site: LoraSite) -> float:
     return site.scaling * product_norm(A, B) / site.weight_norm if site.weight_norm > 0 else 0.0
 
 
-def descend(stage: Stage, *, progress: bool) -> Course:
+def descend(stage: Stage, *, progress: bool) -> Outcome:
     """Take T optimizer steps on L, one batch each, with the adapters' values in place.
 
     Raises:
         LoraInitError: no adapter lies upstream of a matched site.
         NonFiniteError: the loss is NaN or infinite; the message names step and site.
     """
-    options, course = stage.options, Course()
-    parameters = trained(stage.sites)
+    options, outcome = stage.options, Outcome()
+    parameters = trained_factors(stage.sites)
     optimizer = _optimizer(parameters, stage)
     rules = _Rules(stage)
     order = torch.Generator().manual_seed(stage.seed + 1)
@@ -80,21 +80,21 @@ def descend(stage: Stage, *, progress: bool) -> Course:
         with stage.student(options.train_mode):
             losses = stage.losses(fed, targets, lambda found, step=step: _backward(stage, found, step))
         values = {call: float(loss.detach()) for call, loss in losses.items()}
-        course.curve.append(
+        outcome.curve.append(
             float(stage.total({call: torch.tensor(v, dtype=torch.float64) for call, v in values.items()}))
         )
         if step == 0:
-            course.frozen = _freeze_unreached(stage)
+            outcome.frozen = _freeze_unreached(stage)
         # AdamW would still decay the weights of a start that has nothing to match
-        idle = idle + 1 if course.curve[-1] == 0 else 0
+        idle = idle + 1 if outcome.curve[-1] == 0 else 0
         rules.remember(step)  # also where no step follows: the start itself may be past a guard
         if idle == 0:
             optimizer.step()
-        stopped = "matched" if idle >= len(stage.train_batches) else rules.stop(step, course.curve, values)
+        stopped = "matched" if idle >= len(stage.train_batches) else rules.stop(step, outcome.curve, values)
         if stopped:
-            course.stopped = stopped
+            outcome.stopped = stopped
             break
-    return course
+    return outcome
 
 
 def _optimizer(parameters: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
@@ -119,7 +119,7 @@ def _backward(stage: Stage, losses: Mapping[Call, Tensor], step: int) -> None:
         return
     # float16 holds nothing below 6e-8, and the gradient of a mean over a million entries is about that
     (total * _FLOAT16_SCALE).backward()
-    for parameter in trained(stage.sites):
+    for parameter in trained_factors(stage.sites):
         if parameter.grad is not None:
             parameter.grad.div_(_FLOAT16_SCALE)
 
@@ -135,7 +135,7 @@ def _freeze_unreached(stage: Stage) -> list[str]:
     """Stop gradients of the factors that the first backward pass did not reach; return the names of their layers."""
     unreached: list[str] = []
     for site in stage.sites:
-        pair = trained([site])
+        pair = trained_factors([site])
         if all(p.grad is None for p in pair):
             unreached.append(site.name)
             for parameter in pair:
@@ -157,7 +157,7 @@ class _Rules:
     def remember(self, step: int) -> None:
         """Keep the factors before a step that a guard may take back."""
         if self.options.max_drift is not None or (self._base_logits is not None and step % _KL_EVERY == 0):
-            self._kept = [p.detach().clone() for p in trained(self.stage.sites)]
+            self._kept = [p.detach().clone() for p in trained_factors(self.stage.sites)]
 
     def stop(self, step: int, curve: list[float], losses: Mapping[Call, float]) -> str | None:
         """Return why to stop after this step, or None."""
@@ -178,7 +178,7 @@ class _Rules:
 
     def _take_back(self, reason: str) -> str:
         with torch.no_grad():
-            for parameter, kept in zip(trained(self.stage.sites), self._kept, strict=True):
+            for parameter, kept in zip(trained_factors(self.stage.sites), self._kept, strict=True):
                 parameter.copy_(kept)
         return reason
 

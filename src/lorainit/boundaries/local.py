@@ -26,10 +26,10 @@ from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
 from ..numerics.iterative import damped_cholesky
 from ..numerics.linalg import product_norm, randomized_svd, truncate_product
-from .descent import Course
+from .descent import Outcome
 from .loss import Target
 from .matching import MatchedSite
-from .passes import Passes
+from .passes import TruncatedForward
 from .stage import Stage
 
 _SWEEPS = 2
@@ -129,7 +129,7 @@ def _penalized(
     return float(violation.double().square().sum()) + epsilon * product_norm(_times_inverse(V.mT, L), P) ** 2
 
 
-def solve_locally(stage: Stage, *, progress: bool) -> Course:
+def solve_locally(stage: Stage, *, progress: bool) -> Outcome:
     """Move the adapters of the matched layers, in the order in which they run, each with the inputs it then gets.
 
     Raises:
@@ -143,7 +143,7 @@ def solve_locally(stage: Stage, *, progress: bool) -> Course:
             f"solver='local' moves adapters of matched layers, but of {[s.name for s in stage.matching.sites][:3]} "
             "none carries one; use solver='gradient', or adapt them"
         )
-    course = Course(stopped="solved")
+    outcome = Outcome(stopped="solved")
     curves: dict[str, list[float]] = {}
     for k, matched in tqdm(chosen, desc="boundaries", disable=not progress, leave=False):
         site = adapted[matched.name]
@@ -160,9 +160,9 @@ def solve_locally(stage: Stage, *, progress: bool) -> Course:
         curves[site.name] = [value / Z.numel() for value in found.curve]
         if len(found.curve) > 1:
             _write(site, found, A, B)
-    course.frozen = [site.name for site in stage.sites if len(curves.get(site.name, ())) < 2]
-    course.details = {"layer_curves": curves}
-    return course
+    outcome.frozen = [site.name for site in stage.sites if len(curves.get(site.name, ())) < 2]
+    outcome.details = {"layer_curves": curves}
+    return outcome
 
 
 @torch.no_grad()
@@ -179,7 +179,7 @@ def _write(site: LoraSite, found: Regression, A: Tensor, B: Tensor) -> None:
 
 def _observed(stage: Stage, k: int, matched: MatchedSite, site: LoraSite) -> tuple[Tensor, Tensor, Target]:
     """Return inputs, outputs and targets of a layer at the positions that count, at most ``options.positions``."""
-    alone = Passes(stage.model, dataclasses.replace(stage.matching, sites=(matched,)))
+    alone = TruncatedForward(stage.model, dataclasses.replace(stage.matching, sites=(matched,)))
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
     active: list[Tensor] = []
@@ -197,7 +197,7 @@ def _observed(stage: Stage, k: int, matched: MatchedSite, site: LoraSite) -> tup
             finally:
                 handle.remove()
             stage.check_shape(matched, outputs[-1], wanted)
-            keep = stage.counted(k, outputs[-1], fed)
+            keep = stage.mask(k, outputs[-1], fed)
             keep = torch.ones(outputs[-1].shape[:-1], dtype=torch.bool, device=stage.device) if keep is None else keep
             inputs[-1], outputs[-1] = inputs[-1][keep], outputs[-1][keep]
             active.append(wanted.active[keep])

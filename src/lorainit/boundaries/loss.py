@@ -47,7 +47,7 @@ def layer_weights(layers: int, kind: Weighting = "sequential") -> tuple[float, .
     return tuple(((j + 1) / layers) ** _POWER[kind] for j in range(layers))
 
 
-def spread(teacher: Float[Tensor, "*shape width"], keep: Tensor | None = None) -> float:
+def standard_deviation(teacher: Float[Tensor, "*shape width"], keep: Tensor | None = None) -> float:
     """Return the standard deviation (around the mean) of a teacher's pre-activations, padding left out."""
     counted = (teacher if keep is None else teacher[keep]).double()
     return float(counted.std(correction=0))
@@ -62,7 +62,7 @@ def target(teacher: Float[Tensor, "*shape width"], margin: float, kind: MarginKi
         kind: ``"absolute"`` m, ``"relative"`` m·std(zᵗ), or ``"clipped"`` min(m, |zᵗ|): the teacher itself has loss 0.
     """
     if kind == "relative":
-        return Target(teacher > 0, margin * spread(teacher))
+        return Target(teacher > 0, margin * standard_deviation(teacher))
     return Target(teacher > 0, margin if kind == "absolute" else teacher.abs().clamp(max=margin))
 
 
@@ -156,7 +156,7 @@ def boundary_loss(
         if z.shape != reference.shape:
             raise ValueError(f"site {k}: student {tuple(z.shape)} and teacher {tuple(reference.shape)} differ")
         mask = None if keep is None else keep[k]
-        margins = margin * spread(reference, mask) if kind == "relative" else margin
+        margins = margin * standard_deviation(reference, mask) if kind == "relative" else margin
         wanted = target(reference, margins, "clipped" if kind == "clipped" else "absolute")
         total = total + weight * site_loss(z, wanted, mask)
     return total / len(student)

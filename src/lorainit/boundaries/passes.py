@@ -22,7 +22,7 @@ class _Stop(Exception):
     """Ends a forward pass after the last matched output."""
 
 
-class Passes:
+class TruncatedForward:
     """Runs one model up to the last matched site.
 
     Args:
@@ -98,7 +98,7 @@ class Passes:
                 then()
 
 
-def outputs(passes: Passes, batch: Any) -> dict[Call, Tensor]:
+def outputs(passes: TruncatedForward, batch: Any) -> dict[Call, Tensor]:
     """Return the output of every call of a matched site."""
     found: dict[Call, Tensor] = {}
     passes.run(batch, lambda call, output: found.__setitem__(call, output.detach()))

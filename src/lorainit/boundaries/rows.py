@@ -64,7 +64,7 @@ def _is_sequence(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() == 2  # noqa: PLR2004 - (rows, tokens)
 
 
-def put_together(rows: Sequence[Any], model: nn.Module) -> Any:
+def collate(rows: Sequence[Any], model: nn.Module) -> Any:
     """Return one batch of some rows, padded on the right where their lengths differ.
 
     Raises:

@@ -50,7 +50,7 @@ def unpack(packed: Packed, device: torch.device | None = None) -> Tensor:
     return flags.flatten()[:count].view(packed.shape).bool()
 
 
-class Store:
+class TensorCache:
     """Lists of tensors by key, in memory up to a budget and in a temporary folder beyond it.
 
     Args:

@@ -15,12 +15,12 @@ from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
 from ..statistics.batches import forward, iterate
 from ..statistics.positions import reads_decoder
-from .loss import Target, dequantized, quantized, site_loss, spread, squared_error
+from .loss import Target, dequantized, quantized, site_loss, squared_error, standard_deviation
 from .matching import MatchedSite, match
 from .options import Options
-from .passes import Call, Passes, outputs
-from .rows import position_mask, put_together, read_rows, without_labels
-from .signs import Packed, Store, pack, unpack
+from .passes import Call, TruncatedForward, outputs
+from .rows import collate, position_mask, read_rows, without_labels
+from .signs import Packed, TensorCache, pack, unpack
 from .teacher import Teacher, find_teacher
 from .tracing import Trace, trace
 
@@ -81,12 +81,14 @@ class Stage:
         last = max(i for i, name in enumerate(seen.calls) if name in names)
         self.reached = {name for calls, name in seen.starts if calls <= last}
         self.teacher: Teacher = find_teacher(model, options.teacher, self.adapter, self.reached)
-        self.passes = Passes(model, self.matching, early_stop=options.early_stop)
+        self.student_forward = TruncatedForward(model, self.matching, early_stop=options.early_stop)
         own = self.teacher.kind != "model"
-        self._teacher_passes = (
-            self.passes if own else Passes(self.teacher.model, self.matching, early_stop=options.early_stop)
+        self._teacher_forward = (
+            self.student_forward
+            if own
+            else TruncatedForward(self.teacher.model, self.matching, early_stop=options.early_stop)
         )
-        self.store = Store(options.cache_bytes)
+        self.store = TensorCache(options.cache_bytes)
         self.teacher_passes = 0
         self._stack = ExitStack()
         self.margins = [options.margin] * len(self.matching.sites)
@@ -106,7 +108,7 @@ class Stage:
 
     def _batches(self, rows: list[Any]) -> list[Any]:
         size = self.options.batch_size
-        return [put_together(rows[i : i + size], self.model) for i in range(0, len(rows), size)]
+        return [collate(rows[i : i + size], self.model) for i in range(0, len(rows), size)]
 
     def _trace(self, batch: Any) -> Trace:
         fed = self.on_device(batch)
@@ -121,7 +123,7 @@ class Stage:
 
     # --- the teacher ---------------------------------------------------------------------------------------------
 
-    def teach(self, key: tuple[str, int], fed: Any) -> dict[Call, Tensor]:
+    def teacher_outputs(self, key: tuple[str, int], fed: Any) -> dict[Call, Tensor]:
         """Return the teacher's pre-activations on a batch.
 
         Raises:
@@ -130,17 +132,17 @@ class Stage:
         self.teacher_passes += 1
         with self.teacher.switched(), switches.mode(self.teacher.model, training=False), torch.no_grad():
             with switches.precision(self.device, self.autocast):
-                found = outputs(self._teacher_passes, fed)
+                found = outputs(self._teacher_forward, fed)
         for (k, _), z in found.items():
-            keep = self.counted(k, z, fed)
+            keep = self.mask(k, z, fed)
             if not bool(torch.isfinite(z if keep is None else z[keep]).all()):
                 raise NonFiniteError(
-                    f"stage 1, {self._called(key)}: the teacher's output at '{self.matching.sites[k].name}' holds NaN "
-                    "or infinity; is there NaN in the data, or in the teacher's weights?"
+                    f"stage 1, {self._batch_name(key)}: the teacher's output at '{self.matching.sites[k].name}' holds "
+                    "NaN or infinity; is there NaN in the data, or in the teacher's weights?"
                 )
         return found
 
-    def _called(self, key: tuple[str, int]) -> str:
+    def _batch_name(self, key: tuple[str, int]) -> str:
         """Return what to call a batch in a message; the first steps take the training batches as they come."""
         part, index = key
         if part != "train":
@@ -154,12 +156,12 @@ class Stage:
         For ``loss="mse"`` the "margin" of a target holds the teacher's values themselves, which are never kept.
         """
         if self.options.loss == "mse":
-            return {call: Target(z > 0, z) for call, z in self.teach(key, fed).items()}
+            return {call: Target(z > 0, z) for call, z in self.teacher_outputs(key, fed).items()}
         if key in self.store:
             return self._unpacked(self.store.get(key))
         clipped = self.options.margin_kind == "clipped"
         asked: dict[Call, tuple[Tensor, Tensor | None]] = {}
-        for call, z in self.teach(key, fed).items():
+        for call, z in self.teacher_outputs(key, fed).items():
             asked[call] = (z > 0, quantized(z, self.options.margin) if clipped else None)
         if self.options.cache:
             self.store.put(key, self._packed(asked))
@@ -193,13 +195,13 @@ class Stage:
         batches = self.train_batches[: max(1, self.options.report_batches)]
         for index, batch in enumerate(batches):
             fed = self.on_device(batch)
-            for (k, _), z in self.teach(("train", index), fed).items():
-                squares[k] += spread(z, self.counted(k, z, fed)) ** 2 / self.matching.sites[k].calls
+            for (k, _), z in self.teacher_outputs(("train", index), fed).items():
+                squares[k] += standard_deviation(z, self.mask(k, z, fed)) ** 2 / self.matching.sites[k].calls
         return [(s / len(batches)) ** 0.5 for s in squares]
 
     # --- the student ---------------------------------------------------------------------------------------------
 
-    def counted(self, k: int, z: Tensor, fed: Any) -> Tensor | None:
+    def mask(self, k: int, z: Tensor, fed: Any) -> Tensor | None:
         """Return which positions of a site's output count."""
         name = self.matching.sites[k].name
         return position_mask(name, z, fed, self.model, reads_decoder(name))
@@ -224,10 +226,10 @@ class Stage:
             wanted = targets[call]
             self.check_shape(self.matching.sites[call[0]], z, wanted)
             argument: Any = wanted.margin if self.options.loss == "mse" else wanted
-            value = loss(z, argument, self.counted(call[0], z, fed))
+            value = loss(z, argument, self.mask(call[0], z, fed))
             found.setdefault(call, value)  # a recomputed block comes here again: the first value is the loss
 
-        self.passes.run(fed, visit, (lambda: then(found)) if then is not None else None)
+        self.student_forward.run(fed, visit, (lambda: then(found)) if then is not None else None)
         return found
 
     def total(self, losses: dict[Call, Tensor]) -> Tensor:
@@ -256,12 +258,12 @@ class Stage:
                 def visit(call: Call, z: Tensor, fed: Any = fed, targets: dict[Call, Target] = targets) -> None:
                     self._add(scores[call[0]], z, targets[call], call[0], fed)
 
-                self.passes.run(fed, visit)
+                self.student_forward.run(fed, visit)
         return scores
 
     def _add(self, score: Score, z: Tensor, wanted: Target, k: int, fed: Any) -> None:
         self.check_shape(self.matching.sites[k], z, wanted)
-        keep = self.counted(k, z, fed)
+        keep = self.mask(k, z, fed)
         entries = z.numel() if keep is None else int(keep.sum()) * z.shape[-1]
         side, active, margin = z > 0, wanted.active, wanted.margin
         zf = z if z.dtype == torch.float64 else z.float()

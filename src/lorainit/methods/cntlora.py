@@ -24,7 +24,7 @@ from ..numerics.sketches import column_rounding, nystrom
 from ..statistics import LayerStatistics, Request
 from . import kaiming
 from .method import Comparison, Method, MethodInfo, Product, require_choice, require_rank_at_most_min
-from .parts.activations import decompose, keep_alive, leading, mean_of, rounding
+from .parts.activations import decompose, mean_of, pad_to_rank, rounding, significant
 from .parts.gradient import naming
 from .parts.shift import Moment, Moments, Shift, ShiftOptions, Spectrum, solve, sort_options, spectrum
 from .parts.sketching import (
@@ -182,7 +182,7 @@ def _cut(
     matrix = _matrix(shift, metric)
     size = shift.weighted_norm if metric == "data" else float(weight.norm())
     svd = decompose(matrix, min(rank, *matrix.shape), exact=exact, generator=generator)
-    svd = leading(svd, rounding(matrix) * size)
+    svd = significant(svd, rounding(matrix) * size)
     root = (svd.S / scaling).sqrt()
     right = svd.Vh * shift.inverse_roots if metric == "data" else svd.Vh
     return Factors((root[:, None] * right) @ shift.vectors.mT, svd.U * root)
@@ -190,7 +190,7 @@ def _cut(
 
 def _finished(start: Factors, weight: Tensor, rank: int, generator: torch.Generator | None) -> Factors:
     """Return a start of the full rank in the weight's dtype."""
-    return Factors(*(factor.to(weight.dtype) for factor in keep_alive(start, rank, generator)))
+    return Factors(*(factor.to(weight.dtype) for factor in pad_to_rank(start, rank, generator)))
 
 
 def _energy(matrix: Tensor, moment: Tensor) -> float:

@@ -22,7 +22,7 @@ from ..adapter.sites import LoraSite
 from ..numerics.linalg import SVD, canonical_signs
 from ..statistics import LayerStatistics
 from .method import MethodInfo, require_rank_at_most_min
-from .parts.activations import keep_alive, leading, rounding
+from .parts.activations import pad_to_rank, rounding, significant
 from .parts.gradient import leading_triplets, naming
 from .parts.triplets import TripletMethod, require_positive_gamma
 
@@ -64,9 +64,9 @@ def factors(
 
 def from_triplets(svd: SVD, rank: int, *, gamma: float = 128.0, generator: torch.Generator | None = None) -> Factors:
     """Return LoRA-One's start from the r leading triplets of the gradient; arguments and warnings of `factors`."""
-    svd = leading(canonical_signs(SVD(-svd.U, svd.S, svd.Vh)), rounding(svd.U) * float(svd.S[0]))
+    svd = significant(canonical_signs(SVD(-svd.U, svd.S, svd.Vh)), rounding(svd.U) * float(svd.S[0]))
     root = (svd.S / svd.S[0]).sqrt() / math.sqrt(gamma)
-    return keep_alive(Factors(root[:, None] * svd.Vh, svd.U * root), rank, generator)
+    return pad_to_rank(Factors(root[:, None] * svd.Vh, svd.U * root), rank, generator)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,7 +103,7 @@ def layer_groups(
     if request is None:
         yield sites, {}
         return
-    own = {name: options[name] for name in ("place", "processes", "progress")}
+    own = {name: options[name] for name in ("storage", "processes", "progress")}
     if cache is None:
         more = {"workspace": method.workspace, "remarks": remarks}
         groups = collect_groups(model, sites, () if batches is None else batches, request, **options, **more)

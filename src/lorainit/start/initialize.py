@@ -41,7 +41,7 @@ from ..numerics.seeds import layer_generator
 from ..report import InitReport, LayerReport
 from ..saving import checkpoint, serving
 from ..statistics.batches import iterate
-from ..statistics.place import Offload, Place
+from ..statistics.storage import Offload, Storage
 from . import match_rate as matching
 from .budget import RankRule, Rule
 from .collect import Groups, collected_sums, layer_groups, rank_rule, share_out, usable_batches
@@ -156,7 +156,7 @@ def initialize(
             memory_budget=parse_bytes(memory_budget),
             ranks=ranks,
             micro_batch=micro_batch,
-            place=Place.of(offload),
+            storage=Storage.of(offload),
             cache=cache,
             proxy_data=proxy_data,
             skip=on_unsupported,
@@ -182,7 +182,7 @@ class _Call:
     memory_budget: int | None
     ranks: Rule | RankRule
     micro_batch: int | None
-    place: Place
+    storage: Storage
     cache: str | os.PathLike[str] | None
     proxy_data: Iterable[Any] | None
     skip: Literal["error", "default"]
@@ -301,7 +301,7 @@ def _start(call: _Call, sites: list[LoraSite], undo: Undo) -> _Started:
         call.proxy_data,
         memory_budget=call.memory_budget,
         micro_batch=call.micro_batch,
-        place=call.place,
+        storage=call.storage,
         cache=call.cache,
         saved=details,
         remarks=remarks,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraInitError
-from .reading import is_two_sided, predicts_next_token
+from .architecture import is_encoder_decoder, shifts_labels
 
 MaskKind = Literal["attention", "labels"]
 NO_BATCH = "the calibration data are empty: not a single batch"
@@ -180,7 +180,7 @@ def count_terms(model: nn.Module, batch: Any) -> int | None:
     labels = _token_labels(fields)
     if labels is None:
         return fields["labels"].shape[0]
-    return int(((labels[:, 1:] if predicts_next_token(model) else labels) != -100).sum())
+    return int(((labels[:, 1:] if shifts_labels(model) else labels) != -100).sum())
 
 
 def _token_labels(fields: Mapping[str, Any]) -> Tensor | None:
@@ -200,13 +200,13 @@ def summed_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     Raises:
         LoraInitError: no labels in the batch, no loss in the output, or not a single label term.
     """
-    loss, terms = loss_in(forward(model, batch), model, batch)
+    loss, terms = loss_of_output(forward(model, batch), model, batch)
     if terms == 0:
         raise LoraInitError(f"a calibration batch ({describe(batch)}) has no label that counts: all are -100")
     return loss, terms
 
 
-def loss_in(output: Any, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+def loss_of_output(output: Any, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     """Return the summed loss in what a model has made of a batch, NaN without a label term, and their number.
 
     Raises:
@@ -234,15 +234,15 @@ def position_masks(model: nn.Module, batch: Any, kind: MaskKind) -> dict[str, Te
     """
     fields = named_fields(batch)
     attention = _mask(fields, "attention_mask")
-    if is_two_sided(model):
+    if is_encoder_decoder(model):
         found = {"input": attention, "encoder": attention, "decoder": _decoder_mask(fields, attention, kind)}
     else:
         labels = _token_labels(fields) if kind == "labels" else None
         if labels is not None:
             scored = labels != -100
-            if predicts_next_token(model):
+            if shifts_labels(model):
                 scored = torch.cat((scored[:, 1:], torch.zeros_like(scored[:, :1])), dim=1)
-            attention = _both(attention, scored)
+            attention = _scored(attention, scored)
         # there is one side, whatever a layer is called; an encoder's output comes from elsewhere
         found = {"input": attention, "decoder": attention, "encoder": _mask(fields, "encoder_attention_mask")}
     return {side: mask for side, mask in found.items() if mask is not None}
@@ -269,14 +269,14 @@ def _decoder_mask(fields: Mapping[str, Any], attention: Tensor | None, kind: Mas
     """Return which of a decoder's positions count: by its own mask, else those with a label."""
     mask, labels = _mask(fields, "decoder_attention_mask"), _token_labels(fields)
     if labels is not None and (mask is None or kind == "labels"):
-        return _both(mask, labels != -100)
+        return _scored(mask, labels != -100)
     if mask is None and attention is not None and not any(str(name).startswith("decoder_") for name in fields):
         # the decoder then reads the encoder's tokens, behind a first one (BART as a classifier)
         return torch.cat((torch.ones_like(attention[:, :1]), attention[:, :-1]), dim=1)
     return mask
 
 
-def _both(mask: Tensor | None, scored: Tensor) -> Tensor:
+def _scored(mask: Tensor | None, scored: Tensor) -> Tensor:
     """Return which positions are no padding and are scored."""
     if mask is not None and mask.shape != scored.shape:
         raise LoraInitError(

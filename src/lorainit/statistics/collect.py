@@ -16,9 +16,9 @@ from ..machine.processes import ALONE, Processes
 from .batches import iterate
 from .layer import LayerStatistics
 from .lockstep import passes_of
-from .place import COMPUTED, Place
 from .request import Request, Sketch
-from .shards import add_up
+from .shards import all_reduce
+from .storage import ON_DEVICE, Storage
 from .watch import Watch
 
 __all__ = ["Request", "Sketch", "collect", "collect_groups"]
@@ -36,7 +36,7 @@ def collect(
     max_batches: int | None = None,
     memory_budget: int | None = None,
     micro_batch: int | None = None,
-    place: Place = COMPUTED,
+    storage: Storage = ON_DEVICE,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -53,7 +53,7 @@ def collect(
         max_batches: stop after so many.
         memory_budget: bytes that the sums may take at a time; layers go in groups that fit.
         micro_batch: rows that run at a time: less memory for activations, the same sums.
-        place: where the sums live.
+        storage: where the sums live.
         processes: those whose data are shards of one whole: the sums are over all of them, the same in each. One that
             has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all. Those
             that hold a model together (FSDP2) run their passes in step, see `lorainit.statistics.lockstep`.
@@ -66,7 +66,7 @@ def collect(
     """
     found: dict[str, LayerStatistics] = {}
     options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget}
-    options |= {"micro_batch": micro_batch, "place": place, "progress": progress, "processes": processes}
+    options |= {"micro_batch": micro_batch, "storage": storage, "progress": progress, "processes": processes}
     for _, statistics in collect_groups(model, sites, data, request, **options):
         found |= statistics
     return found
@@ -81,7 +81,7 @@ def collect_groups(
     max_batches: int | None = None,
     memory_budget: int | None = None,
     micro_batch: int | None = None,
-    place: Place = COMPUTED,
+    storage: Storage = ON_DEVICE,
     processes: Processes = ALONE,
     workspace: Workspace = lambda site: 0,
     remarks: list[str] | None = None,
@@ -103,7 +103,7 @@ def collect_groups(
     batches = list(data) if isinstance(data, Iterator) and not once else data
     while pending:
         group = pending.pop(0)
-        watch = Watch(model, [part for site in group for part in site.members], request, place=place)
+        watch = Watch(model, [part for site in group for part in site.members], request, storage=storage)
         found = _sums(watch, batches, max_batches, micro_batch, processes, progress)
         del watch
         if found is None:
@@ -137,7 +137,7 @@ def _sums(
     """Return the sums over the data of all processes; None where memory ran out in one of them."""
     found = None
     if all(processes.exchange(_run(watch, batches, max_batches, micro_batch, processes, progress))):
-        add_up(watch.statistics, processes, {site.name: site.device for site in watch.sites}, watch.place)
+        all_reduce(watch.statistics, processes, {site.name: site.device for site in watch.sites}, watch.storage)
         found = _finished(watch)
     return found if all(processes.exchange(found is not None)) else None
 

@@ -34,7 +34,7 @@ _PRODUCTS: dict[Any, str] = {
 
 
 @contextlib.contextmanager
-def telling(experts: Sequence[Expert], on_call: OnCall) -> Iterator[None]:
+def observing(experts: Sequence[Expert], on_call: OnCall) -> Iterator[None]:
     """Tell of every product with an expert's weight that the module which holds it computes, in a backward pass too.
 
     Args:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from .._typing import Float, Tensor
-from .place import COMPUTED, Place
+from .storage import ON_DEVICE, Storage
 
 Result = TypeVar("Result")
 
@@ -76,16 +76,16 @@ class LayerStatistics:
     sketch_seed: int = 0
     shared: Shared = dataclasses.field(default_factory=Shared, repr=False, compare=False)
 
-    def add(self, stream: str, value: Tensor, place: Place = COMPUTED) -> None:
-        """Add to a sum; the first value becomes the sum, in its place."""
+    def add(self, stream: str, value: Tensor, storage: Storage = ON_DEVICE) -> None:
+        """Add to a sum; the first value becomes the sum, in its storage."""
         held = getattr(self, stream)
-        setattr(self, stream, place.keep(value) if held is None else held.add_(value.to(held.device)))
+        setattr(self, stream, storage.keep(value) if held is None else held.add_(value.to(held.device)))
 
-    def add_product(self, stream: str, left: Tensor, right: Tensor, place: Place = COMPUTED) -> None:
+    def add_product(self, stream: str, left: Tensor, right: Tensor, storage: Storage = ON_DEVICE) -> None:
         """Add ``left @ right`` to a sum, without a temporary of its size where it lies on the same device."""
         held = getattr(self, stream)
         if held is None or held.device != left.device:
-            self.add(stream, left @ right, place)
+            self.add(stream, left @ right, storage)
         else:
             held.addmm_(left, right)
 

@@ -40,11 +40,11 @@ class Passes:
         """Do what comes up within a pass."""
         return work(*args)
 
-    def one(self) -> contextlib.AbstractContextManager[None]:
+    def running(self) -> contextlib.AbstractContextManager[None]:
         """Return a context for a forward or a backward."""
         return contextlib.nullcontext()
 
-    def meet(self) -> None:
+    def synchronize(self) -> None:
         """Go on only if nothing went wrong, here or elsewhere."""
 
 
@@ -89,7 +89,7 @@ class Lockstep(Passes):
         return None
 
     @contextlib.contextmanager
-    def one(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """Run a forward or a backward, in which the others wait for this process and can be told of nothing.
 
         Raises:
@@ -110,7 +110,7 @@ class Lockstep(Passes):
                 "wait there until this process ends, or for the timeout of the process group"
             ) from error
 
-    def meet(self) -> None:
+    def synchronize(self) -> None:
         """Go on only if nothing went wrong, in any process.
 
         Raises:

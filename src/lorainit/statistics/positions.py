@@ -47,7 +47,7 @@ def output_positions(site: LoraSite, gradient: Tensor) -> Tensor:
     return gradient.movedim(1, -1).reshape(-1, site.out_features)
 
 
-def counted(site: LoraSite, rows: Tensor, tensor: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+def select_counted(site: LoraSite, rows: Tensor, tensor: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
     """Return the rows (positions × features) of a tensor that are no padding.
 
     Raises:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..machine.processes import Processes
 from .layer import LayerStatistics, Shared
-from .place import COMPUTED, Place
 from .request import INPUT_STREAMS
+from .storage import ON_DEVICE, Storage
 
 _COUNTS = ("sequences", "tokens", "labels")
 
@@ -31,11 +31,11 @@ class _Layer(NamedTuple):
     leader: str | None
 
 
-def add_up(
+def all_reduce(
     statistics: Mapping[str, LayerStatistics],
     processes: Processes,
     devices: Mapping[str, torch.device],
-    place: Place = COMPUTED,
+    storage: Storage = ON_DEVICE,
 ) -> None:
     """Replace the sums of every layer by those over all processes, also where this one has seen no token of it.
 
@@ -45,7 +45,7 @@ def add_up(
         statistics: the sums by layer name, for the same layers in every process.
         processes: the processes.
         devices: where the sums of a layer are computed.
-        place: where they live.
+        storage: where they live.
     """
     if processes.size == 1:
         return
@@ -64,9 +64,9 @@ def add_up(
             if unit not in units:
                 own = getattr(sums, stream)
                 if own is None:
-                    own = place.zeros(shape, dtype, devices[name])
+                    own = storage.zeros(shape, dtype, devices[name])
                 elif id(own) in taken:  # shared here, but not everywhere
-                    own = place.zeros(shape, dtype, devices[name]).copy_(own)
+                    own = storage.zeros(shape, dtype, devices[name]).copy_(own)
                 units[unit] = own
                 taken.add(id(own))
             setattr(sums, stream, units[unit])

@@ -27,20 +27,20 @@ from .batches import (
     count_terms,
     describe,
     forward,
-    loss_in,
+    loss_of_output,
     position_masks,
     split_rows,
     without_padding,
 )
-from .expert_calls import eager_experts, telling
+from .expert_calls import eager_experts, observing
 from .inputs import add_inputs
 from .layer import LayerStatistics
 from .lockstep import Part, Passes
 from .output_gradients import add_output_gradients
-from .place import COMPUTED, Place
-from .positions import counted, geometry, input_positions, output_positions
+from .positions import geometry, input_positions, output_positions, select_counted
 from .request import INPUT_STREAMS, WEIGHT_GRADIENT_STREAMS, Request
 from .second_moment import mirror
+from .storage import ON_DEVICE, Storage
 from .weight_gradients import add_weight_gradient
 
 
@@ -95,8 +95,10 @@ class Watch:
         statistics: the sums by layer name; complete after `finish`.
     """
 
-    def __init__(self, model: nn.Module, sites: list[LoraSite], request: Request, *, place: Place = COMPUTED) -> None:
-        self.model, self.sites, self.request, self.place = model, sites, request, place
+    def __init__(
+        self, model: nn.Module, sites: list[LoraSite], request: Request, *, storage: Storage = ON_DEVICE
+    ) -> None:
+        self.model, self.sites, self.request, self.storage = model, sites, request, storage
         self._passes = Passes()
         seed = request.sketch.seed if request.sketch else 0
         self.statistics = {site.name: LayerStatistics(sketch_seed=seed) for site in sites}
@@ -122,7 +124,7 @@ class Watch:
                 self._attached.callback(site.base_layer.register_forward_hook(self._hook(site)).remove)
         if self._experts:
             self._attached.enter_context(eager_experts(self._experts))
-            self._attached.enter_context(telling(self._experts, self._observe))
+            self._attached.enter_context(observing(self._experts, self._observe))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -160,7 +162,7 @@ class Watch:
             if self.request.needs_gradients and (self._counts.gradients or self._passes.in_step):
                 self._forward_backward(part, loss_function)
             else:
-                with torch.no_grad(), contextlib.suppress(_LastLayerSeen), self._passes.one():
+                with torch.no_grad(), contextlib.suppress(_LastLayerSeen), self._passes.running():
                     forward(self.model, part)
             self._calls_at_first = self._calls_at_first or self._calls.copy()
             for statistics in self.statistics.values():
@@ -232,10 +234,10 @@ class Watch:
             raise NonFiniteError(f"batch {self._batch}: the loss is {float(loss)}")
         if not loss.requires_grad:
             raise LoraInitError("the loss does not depend on any layer that is to be started")
-        self._passes.meet()
+        self._passes.synchronize()
         self._in_backward = True
         try:
-            with self._passes.one():
+            with self._passes.running():
                 (loss / terms if self.request.loss == "sequence_mean" else loss).backward()
         finally:
             self._in_backward = False
@@ -244,9 +246,9 @@ class Watch:
 
     def _loss(self, batch: Any) -> tuple[Tensor, int]:
         """Return the model's own summed loss, and the number of its terms."""
-        with self._passes.one():
+        with self._passes.running():
             output = forward(self.model, batch)
-        return loss_in(output, self.model, batch)
+        return loss_of_output(output, self.model, batch)
 
     def _hook(self, site: LoraSite) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -311,10 +313,10 @@ class Watch:
                 setattr(statistics, stream, getattr(self.statistics[leader], stream))
             return
         self._inputs[site.name] = seen
-        rows = counted(site, input_positions(site, x.detach()), x, self._counts.masks).to(self.request.dtype)
+        rows = select_counted(site, input_positions(site, x.detach()), x, self._counts.masks).to(self.request.dtype)
         self._sizes.append((site.name, "its inputs", rows.sum()))
         test = self._test("in", site) if "input_sketch" in streams else None
-        add_inputs(statistics, rows, streams, test, self.place)
+        add_inputs(statistics, rows, streams, test, self.storage)
 
     def _can_lead(self, name: str, site: LoraSite) -> bool:
         """Say whether a layer collects what another one with the same input needs: the same streams and sketch."""
@@ -329,7 +331,9 @@ class Watch:
         every = output_positions(site, gradient).to(dtype)
         self._sizes.append((site.name, "its output gradient", every.sum()))
         if streams & {"output_gradient_squares", "output_gradient_second_moment"}:
-            add_output_gradients(statistics, counted(site, every, gradient, self._counts.masks), streams, self.place)
+            add_output_gradients(
+                statistics, select_counted(site, every, gradient, self._counts.masks), streams, self.storage
+            )
         if seen is None:
             return
         options: dict[str, Any] = {}
@@ -339,7 +343,7 @@ class Watch:
         if "gradient_range" in streams:
             options["projected"] = seen.projected(self._test("in", site))
             options["test_out"] = self._test("out", site)
-        add_weight_gradient(statistics, every, seen.rows(), streams, place=self.place, **options)
+        add_weight_gradient(statistics, every, seen.rows(), streams, storage=self.storage, **options)
 
     def _test(self, side: Any, site: LoraSite) -> Tensor:
         """Return the test matrix of a layer's inputs, or of its outputs."""

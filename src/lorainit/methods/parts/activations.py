@@ -69,7 +69,7 @@ def projection(weight: Float[Tensor, "out in"], svd: SVD, scaling: float) -> Fac
     return Factors((svd.U.mT @ weight) / (scaling * root)[:, None], svd.U * root)
 
 
-def keep_alive(start: Factors, rank: int, generator: torch.Generator | None) -> Factors:
+def pad_to_rank(start: Factors, rank: int, generator: torch.Generator | None) -> Factors:
     """Append components of a plain LoRA start up to ``rank``: A uniform in ±1/√in, B zero; they leave BA as it is.
 
     A component with A = B = 0 would never train. Warns where anything is appended.
@@ -89,7 +89,7 @@ def keep_alive(start: Factors, rank: int, generator: torch.Generator | None) -> 
     return Factors(A, torch.cat([start.B, start.B.new_zeros(start.B.shape[0], missing)], dim=1))
 
 
-def leading(svd: SVD, floor: float) -> SVD:
+def significant(svd: SVD, floor: float) -> SVD:
     """Return the triplets with ``S > floor`` (``S`` is descending)."""
     count = int((svd.S > floor).sum())
     return SVD(svd.U[:, :count], svd.S[:count], svd.Vh[:count])

@@ -15,18 +15,18 @@ _UNSHIFTED = {f"{name}ForCausalLM" for name in _UNSHIFTED_DECODERS}
 _UNSHIFTED |= {"FlaubertWithLMHeadModel", "XLMWithLMHeadModel", "XLNetLMHeadModel"}
 
 
-def is_two_sided(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
     """Say whether a model is an encoder-decoder, whose decoder reads other positions than its encoder."""
-    return any(_is_two_sided(written) for written in _as_written(model))
+    return any(_is_encoder_decoder(written) for written in _as_written(model))
 
 
-def predicts_next_token(model: nn.Module) -> bool:
+def shifts_labels(model: nn.Module) -> bool:
     """Say whether labels are shifted inside the model: the logits of a position score the next one."""
-    names = [type(written).__name__ for written in _as_written(model) if not _is_two_sided(written)]
+    names = [type(written).__name__ for written in _as_written(model) if not _is_encoder_decoder(written)]
     return any(name not in _UNSHIFTED and any(part in name for part in _LANGUAGE_MODELS) for name in names)
 
 
-def _is_two_sided(written: nn.Module) -> bool:
+def _is_encoder_decoder(written: nn.Module) -> bool:
     return bool(getattr(getattr(written, "config", None), "is_encoder_decoder", False))
 
 

@@ -19,7 +19,7 @@ Offload = bool | str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Storage:
     """Where sums live.
 
     In a folder each sum of a page or more is a memory-mapped file. The file has no name any more once it is mapped: it
@@ -34,7 +34,7 @@ class Place:
     folder: Path | None = None
 
     @classmethod
-    def of(cls, offload: Offload) -> Place:
+    def of(cls, offload: Offload) -> Storage:
         """Return the place that the argument ``offload`` of `lorainit.initialize` means.
 
         Raises:
@@ -66,7 +66,7 @@ class Place:
         return self.folder is not None and size >= mmap.PAGESIZE
 
 
-COMPUTED = Place()
+ON_DEVICE = Storage()
 
 
 def _mapped(folder: Path | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
