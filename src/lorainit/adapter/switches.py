@@ -1,4 +1,4 @@
-"""Switches of a model, flipped for a while and put back: adapters, training mode, gradients, checkpointing, randomness.
+"""Switches a model's adapters, mode, gradients, checkpointing and randomness for a while, and puts them back.
 
 Each is a context manager that restores what it found, also after an exception or Ctrl-C.
 """
@@ -32,7 +32,7 @@ def _put_back(noted: Noted) -> None:
 
 @contextlib.contextmanager
 def _restored(objects: Iterable[Any], *names: str) -> Iterator[None]:
-    """Put these attributes back, whatever the block has made of them."""
+    """Restore these attributes after the block."""
     noted = _note(objects, *names)
     try:
         yield
@@ -41,7 +41,7 @@ def _restored(objects: Iterable[Any], *names: str) -> Iterator[None]:
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
-    """Note which modules train, which adapters are active and which parameters need gradients; return the undoing."""
+    """Note training mode, active adapters and required gradients; return a function that puts them back."""
     noted = _note(model.modules(), "training", "_disable_adapters", "_active_adapter")
     return functools.partial(_put_back, noted + _note(model.parameters(), "requires_grad"))
 
@@ -131,7 +131,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def _checkpoint(module: Any, training: bool, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Checkpoint what a module computes, then and when it is recomputed with ``training`` as its own flag."""
+    """Checkpoint a module's computation, which runs with ``training`` as its own flag, recomputation included."""
 
     def computed(*inputs: Any, **named: Any) -> Any:
         found, module.training = module.training, training

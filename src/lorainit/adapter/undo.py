@@ -42,7 +42,7 @@ class Undo:
         self._tensors.append((tensor, tensor.detach().clone()))
 
     def remember_config(self, model: nn.Module, adapter_name: str) -> None:
-        """Note the adapter's config, if it has one, and the class of what holds it: others take their places."""
+        """Note the adapter's config, if it has one, and the class of the tuner that holds it: a start replaces both."""
         config = adapter_config(model, adapter_name)
         if config is None:
             return
@@ -70,13 +70,13 @@ class Undo:
         self.call(put_back)
 
     def call(self, put_back: Callable[[], object]) -> None:
-        """Remember a change of another kind by what takes it back; the last one is taken back first."""
+        """Remember a change of another kind by a function that reverts it; the last change is reverted first."""
         self._calls.append(put_back)
 
     def restore(self) -> None:
-        """Put every remembered tensor back, bit for bit, and take the other changes back."""
+        """Put every remembered tensor back, bit for bit, and revert the other changes."""
         with torch.no_grad():
-            for tensor, copy in reversed(self._tensors):  # what is remembered twice was first what it is to be
+            for tensor, copy in reversed(self._tensors):  # of a tensor remembered twice the first copy counts
                 tensor.copy_(copy)
             for site, copies, edited in reversed(self._adapters):
                 pair = (site.lora_A, site.lora_B)
@@ -87,7 +87,7 @@ class Undo:
                     offset.attach(*pair, base_edited=edited, experts=site.experts)
                 for module, trained in zip(pair, copies[:2], strict=True):
                     offset.trained_factor(module).copy_(trained)
-        for put_back in reversed(self._calls):  # last: they may put modules back that the tensors are not of
+        for put_back in reversed(self._calls):  # last: they may put back modules other than those of the tensors
             put_back()
 
 
@@ -98,6 +98,6 @@ def all_or_nothing() -> Iterator[Undo]:
     try:
         yield undo
     except BaseException:
-        torch.set_grad_enabled(gradients)  # Ctrl-C may come when torch.no_grad is just about to do so
+        torch.set_grad_enabled(gradients)  # Ctrl-C may come just before torch.no_grad restores it
         undo.restore()
         raise

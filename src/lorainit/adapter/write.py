@@ -81,7 +81,7 @@ def _magnitude(site: LoraSite) -> nn.Parameter:
 
 
 def _refresh_magnitude(site: LoraSite) -> None:
-    """Set DoRA's magnitude to the row norms of what the layer now is, W + s·BA, so that at step 0 it changes nothing.
+    """Set DoRA's magnitude to the row norms of W + s·BA, so that at step 0 it changes nothing.
 
     PEFT does this when it makes an adapter, from the factors of that moment.
     """

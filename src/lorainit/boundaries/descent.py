@@ -1,4 +1,4 @@
-"""The gradient solver: a few steps on the boundary loss, and the rules that end them."""
+"""Minimizes the boundary loss with a few optimizer steps, and stops early by the rules of the options."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _FLOAT16_SCALE = 2.0**16
 
 @dataclasses.dataclass
 class Outcome:
-    """What a solver did.
+    """The course of a solver, for the report.
 
     Attributes:
         stopped: why it ended.
         curve: the loss L before each step (gradient), or of each layer before and after (local).
-        frozen: layers that no matched site can see: they keep their origin.
-        details: what else there is to tell, as JSON types.
+        frozen: layers that influence no matched site: they keep their origin.
+        details: further figures, as JSON types.
     """
 
     stopped: str = "steps"
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def trained_factors(sites: list[LoraSite]) -> list[nn.Parameter]:
-    """Return the factors that train, A and B of every layer."""
+    """Return the parameters that train: A and B of every layer."""
     return [offset.trained_factor(module) for site in sites for module in (site.lora_A, site.lora_B)]
 
 
@@ -65,7 +65,7 @@ def descend(stage: Stage, *, progress: bool) -> Outcome:
     options, outcome = stage.options, Outcome()
     parameters = trained_factors(stage.sites)
     optimizer = _optimizer(parameters, stage)
-    rules = _Rules(stage)
+    rules = _StoppingRules(stage)
     order = torch.Generator().manual_seed(stage.seed + 1)
     waiting: list[int] = []
     idle = 0
@@ -85,9 +85,9 @@ def descend(stage: Stage, *, progress: bool) -> Outcome:
         )
         if step == 0:
             outcome.frozen = _freeze_unreached(stage)
-        # AdamW would still decay the weights of a start that has nothing to match
+        # without a gradient AdamW would still decay the weights
         idle = idle + 1 if outcome.curve[-1] == 0 else 0
-        rules.remember(step)  # also where no step follows: the start itself may be past a guard
+        rules.remember(step)  # also before the first step: the start itself may be past a limit
         if idle == 0:
             optimizer.step()
         stopped = "matched" if idle >= len(stage.train_batches) else rules.stop(step, outcome.curve, values)
@@ -117,7 +117,7 @@ def _backward(stage: Stage, losses: Mapping[Call, Tensor], step: int) -> None:
     if not stage.half:
         total.backward()
         return
-    # float16 holds nothing below 6e-8, and the gradient of a mean over a million entries is about that
+    # float16 has no values below 6e-8, the size of the gradient of a mean over a million entries
     (total * _FLOAT16_SCALE).backward()
     for parameter in trained_factors(stage.sites):
         if parameter.grad is not None:
@@ -132,7 +132,7 @@ def _raise_unreached(stage: Stage) -> None:
 
 
 def _freeze_unreached(stage: Stage) -> list[str]:
-    """Stop gradients of the factors that the first backward pass did not reach; return the names of their layers."""
+    """Stop gradients of the factors that the first backward pass has not reached; return the names of their layers."""
     unreached: list[str] = []
     for site in stage.sites:
         pair = trained_factors([site])
@@ -145,8 +145,8 @@ def _freeze_unreached(stage: Stage) -> list[str]:
     return unreached
 
 
-class _Rules:
-    """The rules that end the descent before its last step, and what it takes to take a step back."""
+class _StoppingRules:
+    """The rules that stop the descent before its last step, with the factors to return to."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.options = stage, stage.options
@@ -155,7 +155,7 @@ class _Rules:
         self._base_logits = self._logits(student=False) if self.options.max_kl is not None else None
 
     def remember(self, step: int) -> None:
-        """Keep the factors before a step that a guard may take back."""
+        """Keep the factors before a step that a limit may revert."""
         if self.options.max_drift is not None or (self._base_logits is not None and step % _KL_EVERY == 0):
             self._kept = [p.detach().clone() for p in trained_factors(self.stage.sites)]
 
@@ -163,10 +163,10 @@ class _Rules:
         """Return why to stop after this step, or None."""
         options = self.options
         if options.max_drift is not None and max(drift(site) for site in self.stage.sites) > options.max_drift:
-            return self._take_back("max_drift")
+            return self._revert("max_drift")
         if self._base_logits is not None and (step % _KL_EVERY == _KL_EVERY - 1 or step == options.steps - 1):
             if self._divergence() > (options.max_kl or 0):
-                return self._take_back("max_kl")
+                return self._revert("max_kl")
         if options.agreement_target is not None and self._certified(losses) >= options.agreement_target:
             return "agreement_target"
         window = options.plateau
@@ -176,7 +176,7 @@ class _Rules:
                 return "plateau"
         return None
 
-    def _take_back(self, reason: str) -> str:
+    def _revert(self, reason: str) -> str:
         with torch.no_grad():
             for parameter, kept in zip(trained_factors(self.stage.sites), self._kept, strict=True):
                 parameter.copy_(kept)

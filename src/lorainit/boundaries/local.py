@@ -1,4 +1,4 @@
-r"""The local solver: matched layers that carry an adapter themselves, one after the other, without gradients.
+r"""Solves for the boundaries without gradients: matched layers that carry an adapter, one after the other.
 
 For inputs X (N×n) of such a layer, its output Z₀ (N×o) without its adapter, and targets (τ, m), alternate
 
@@ -9,7 +9,7 @@ With C = XᵀX + εI = LLᵀ and M = (Z* − Z₀)ᵀ X L⁻ᵀ the second step 
 Z* is the closest feasible point, so the first step leaves Σ max(0, m − τz)² + ε‖ΔW‖² a bound on the second's objective
 and neither raises it: the penalized loss never increases. (The derivation is lorainit's own; arXiv:2511.19145 has the
 gradient solver only.) The best part is followed from one iteration to the next by subspace iteration, each sweep of
-which captures at least as much of M as the subspace it starts from, so that monotony does not hang on convergence.
+which captures at least as much of M as the subspace it starts from, so that it is monotone without having converged.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def solve_boundaries(
     iterations: int = 30,
     generator: torch.Generator | None = None,
 ) -> Regression:
-    """Return the low-rank update that brings a layer's outputs to the wanted side of their boundaries.
+    """Return the low-rank update that brings a layer's outputs to the target side of their boundaries.
 
     Args:
         inputs: X.
@@ -167,7 +167,7 @@ def solve_locally(stage: Stage, *, progress: bool) -> Outcome:
 
 @torch.no_grad()
 def _write(site: LoraSite, found: Regression, A: Tensor, B: Tensor) -> None:
-    """Write ΔW = s·BA into the adapter; directions that the update does not use keep the A that they had."""
+    """Write ΔW = s·BA into the adapter; components that the update does not use keep their A, with B = 0."""
     root = abs(site.scaling) ** 0.5
     new_A, new_B = found.A / root, found.B / (root if site.scaling > 0 else -root)
     idle = found.A.norm(dim=1) <= _NEGLIGIBLE * float(found.A.norm(dim=1).max())
@@ -189,7 +189,7 @@ def _observed(stage: Stage, k: int, matched: MatchedSite, site: LoraSite) -> tup
     with torch.no_grad(), stage.student():
         for index, batch in enumerate(stage.train_batches):
             fed = stage.on_device(batch)
-            # before the hook is there: the teacher may run through this very layer
+            # before the hook is attached: the teacher may run through this layer too
             wanted = stage.targets(("train", index), fed)[k, 0]
             handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
             try:

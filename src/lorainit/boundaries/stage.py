@@ -1,4 +1,4 @@
-"""Stage 1 as both solvers see it: the matched sites, the rows, the teacher's targets, the student's losses."""
+"""Holds stage 1 of ABM-LoRA, boundary matching: sites, batches, the teacher's targets, the student's losses."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Score:
 
 
 class Stage:
-    """Everything that stage 1 works with; ``with Stage(...)`` puts the model back afterwards.
+    """The state of stage 1, which both solvers work on; ``with Stage(...)`` frees its cache afterwards.
 
     Args:
         model: the model, its adapter standing at the origin.
@@ -88,16 +88,16 @@ class Stage:
             if own
             else TruncatedForward(self.teacher.model, self.matching, early_stop=options.early_stop)
         )
-        self.store = TensorCache(options.cache_bytes)
+        self.cache = TensorCache(options.cache_bytes)
         self.teacher_passes = 0
         self._stack = ExitStack()
         self.margins = [options.margin] * len(self.matching.sites)
 
     def __enter__(self) -> Stage:
         try:
-            self._stack.callback(self.store.close)
+            self._stack.callback(self.cache.close)
             if self.options.margin_kind == "relative" and self.options.loss == "hinge":
-                self.margins = [self.options.margin * s for s in self._spreads()]
+                self.margins = [self.options.margin * s for s in self._deviations()]
         except BaseException:
             self._stack.close()
             raise
@@ -117,7 +117,7 @@ class Stage:
                 return trace(self.model, lambda: forward(self.model, fed))
 
     def on_device(self, batch: Any) -> Any:
-        """Return what stage 1 feeds the model of a batch: without labels, on the model's device."""
+        """Return a batch as stage 1 feeds it to the model: without labels, on the model's device."""
         (moved,) = iterate([batch], None, None, self.device)
         return without_labels(moved, self.model, self.options.decoder_inputs)
 
@@ -143,7 +143,7 @@ class Stage:
         return found
 
     def _batch_name(self, key: tuple[str, int]) -> str:
-        """Return what to call a batch in a message; the first steps take the training batches as they come."""
+        """Return the name of a batch for a message; the first steps take the training batches in order."""
         part, index = key
         if part != "train":
             return f"held-out batch {index}"
@@ -151,21 +151,21 @@ class Stage:
         return f"training batch {index}" + (f" (step {index})" if stepped else "")
 
     def targets(self, key: tuple[str, int], fed: Any) -> dict[Call, Target]:
-        """Return what the teacher asks for on a batch: from the store, where it is kept.
+        """Return the teacher's targets on a batch, from the cache where they are held.
 
         For ``loss="mse"`` the "margin" of a target holds the teacher's values themselves, which are never kept.
         """
         if self.options.loss == "mse":
             return {call: Target(z > 0, z) for call, z in self.teacher_outputs(key, fed).items()}
-        if key in self.store:
-            return self._unpacked(self.store.get(key))
+        if key in self.cache:
+            return self._unpacked(self.cache.get(key))
         clipped = self.options.margin_kind == "clipped"
-        asked: dict[Call, tuple[Tensor, Tensor | None]] = {}
+        targets: dict[Call, tuple[Tensor, Tensor | None]] = {}
         for call, z in self.teacher_outputs(key, fed).items():
-            asked[call] = (z > 0, quantized(z, self.options.margin) if clipped else None)
+            targets[call] = (z > 0, quantized(z, self.options.margin) if clipped else None)
         if self.options.cache:
-            self.store.put(key, self._packed(asked))
-        return {call: self._target(call, *pair) for call, pair in asked.items()}
+            self.cache.put(key, self._packed(targets))
+        return {call: self._target(call, *pair) for call, pair in targets.items()}
 
     def _target(self, call: Call, active: Tensor, levels: Tensor | None) -> Target:
         if levels is None:
@@ -173,9 +173,9 @@ class Stage:
         wide = next(self.model.parameters()).dtype == torch.float64
         return Target(active, dequantized(levels, self.options.margin, torch.float64 if wide else torch.float32))
 
-    def _packed(self, asked: dict[Call, tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def _packed(self, targets: dict[Call, tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         kept: list[Tensor] = []
-        for call, (active, levels) in asked.items():
+        for call, (active, levels) in targets.items():
             packed = pack(active)
             kept += [torch.tensor([*call, *packed.shape]), packed.data]
             kept += [levels.cpu() if levels is not None else torch.empty(0, dtype=torch.uint8)]
@@ -189,8 +189,8 @@ class Stage:
             found[k, i] = self._target((k, i), unpack(Packed(data, tuple(shape)), self.device), distances)
         return found
 
-    def _spreads(self) -> list[float]:
-        """Return the standard deviation of the teacher's pre-activations a site, over the first training batches."""
+    def _deviations(self) -> list[float]:
+        """Return the standard deviations of the teacher's pre-activations by site, over the first training batches."""
         squares = [0.0] * len(self.matching.sites)
         batches = self.train_batches[: max(1, self.options.report_batches)]
         for index, batch in enumerate(batches):
@@ -202,12 +202,12 @@ class Stage:
     # --- the student ---------------------------------------------------------------------------------------------
 
     def mask(self, k: int, z: Tensor, fed: Any) -> Tensor | None:
-        """Return which positions of a site's output count."""
+        """Return the mask of the positions of a site's output that count; None where all do."""
         name = self.matching.sites[k].name
         return position_mask(name, z, fed, self.model, reads_decoder(name))
 
     def student(self, train_mode: bool = False) -> ExitStack:
-        """Switch the model to the student: its adapter alone, in evaluation mode unless asked otherwise."""
+        """Switch the model to the student: its adapter alone, in evaluation mode unless ``train_mode``."""
         stack = ExitStack()
         stack.enter_context(switches.adapter(self.model, self.adapter))
         stack.enter_context(switches.mode(self.model, training=train_mode))
@@ -227,7 +227,7 @@ class Stage:
             self.check_shape(self.matching.sites[call[0]], z, wanted)
             argument: Any = wanted.margin if self.options.loss == "mse" else wanted
             value = loss(z, argument, self.mask(call[0], z, fed))
-            found.setdefault(call, value)  # a recomputed block comes here again: the first value is the loss
+            found.setdefault(call, value)  # a recomputed block comes here again; the first value is the loss
 
         self.student_forward.run(fed, visit, (lambda: then(found)) if then is not None else None)
         return found

@@ -1,4 +1,4 @@
-"""Activation boundaries: how many pre-activations lie on the same side of 0 in two states of a model."""
+"""Counts the pre-activations that lie on the same side of 0 in two states of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""How curved the loss is in the adapter's parameters θ = {A, B}: Hessian products and the top eigenvalue.
+r"""Measures the curvature of the loss in the adapter's parameters θ = {A, B}: Hessian products, top eigenvalue.
 
 Gradient descent is stable up to η = 2/λ, λ the top eigenvalue of the Hessian; "Learning Rate Matters"
 (arXiv:2602.04998) found that the best rates of LoRA starts go with it. Under (A, B, s) → (cA, cB, s/c²) the Hessian is
@@ -48,7 +48,7 @@ def top_eigenvalue(
     for _ in range(min(iterations, start.numel())):
         image = product(basis[-1])
         diagonal.append(float(image @ basis[-1]))
-        for _ in range(2):  # twice is enough (Parlett): rounding would bring converged directions back
+        for _ in range(2):  # twice is enough (Parlett) against converged directions that come back by rounding
             for vector in basis:
                 image = image - (image @ vector) * vector
         rest = float(image.norm())

@@ -146,7 +146,7 @@ class ABMLoRA(Options, TrainedMethod):
                 "drift": drifts,
                 "rows": {"training_batches": len(stage.train_batches), "held_out_batches": len(stage.held_out_batches)},
                 "teacher_passes": stage.teacher_passes,
-                "stored_bytes": {"memory": stage.store.bytes_in_memory, "disk": stage.store.bytes_on_disk},
+                "stored_bytes": {"memory": stage.cache.bytes_in_memory, "disk": stage.cache.bytes_on_disk},
                 "seconds": seconds,
                 **outcome.details,
             }

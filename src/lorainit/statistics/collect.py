@@ -1,4 +1,4 @@
-"""One pass of the model over the calibration batches for everything that a method needs."""
+"""Collects calibration statistics in one pass of the model over the batches, in groups of layers that fit a budget."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def collect(
         max_batches: stop after so many.
         memory_budget: bytes that the sums may take at a time; layers go in groups that fit.
         micro_batch: rows that run at a time: less memory for activations, the same sums.
-        storage: where the sums live.
+        storage: where the sums are kept.
         processes: those whose data are shards of one whole: the sums are over all of them, the same in each. One that
             has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all. Those
             that hold a model together (FSDP2) run their passes in step, see `lorainit.statistics.lockstep`.
@@ -64,12 +64,19 @@ def collect(
             no token, or whose positions cannot be told from padding, or that does not fit the budget alone.
         NonFiniteError: NaN or infinity; the message names layer and batch.
     """
-    found: dict[str, LayerStatistics] = {}
-    options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget}
-    options |= {"micro_batch": micro_batch, "storage": storage, "progress": progress, "processes": processes}
-    for _, statistics in collect_groups(model, sites, data, request, **options):
-        found |= statistics
-    return found
+    groups = collect_groups(
+        model,
+        sites,
+        data,
+        request,
+        max_batches=max_batches,
+        memory_budget=memory_budget,
+        micro_batch=micro_batch,
+        storage=storage,
+        processes=processes,
+        progress=progress,
+    )
+    return {name: sums for _, statistics in groups for name, sums in statistics.items()}
 
 
 def collect_groups(
@@ -143,7 +150,7 @@ def _sums(
 
 
 def _finished(watch: Watch) -> dict[str, LayerStatistics] | None:
-    """Return the sums; None where memory runs out on the little that is left to do."""
+    """Return the completed sums; None where memory runs out while they are completed."""
     try:
         return watch.finish()
     except (RuntimeError, MemoryError) as error:
@@ -160,7 +167,7 @@ def _run(
     processes: Processes,
     progress: bool,
 ) -> bool:
-    """Run the model over this process's batches; return False where memory ran out on the way."""
+    """Run the model over this process's batches; return False where memory ran out."""
     device, samples = next(watch.model.parameters()).device, processes.share(watch.request.samples)
     try:
         with passes_of(watch.model, processes) as passes, switches.evaluation(watch.model), watch:
@@ -175,7 +182,7 @@ def _run(
 
 
 def _groups(sites: list[LoraSite], request: Request, budget: int | None, workspace: Workspace) -> list[list[LoraSite]]:
-    """Split the sites, in order, into groups whose sums fit the budget, beside what the work on one of them takes.
+    """Split the sites, in order, into groups whose sums fit the budget together with the work on one of them.
 
     Sums that layers share are counted as if they did not.
     """

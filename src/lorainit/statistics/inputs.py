@@ -1,4 +1,4 @@
-"""What is summed over a layer's inputs: Σxxᵀ or its sketch, Σx, Σ|x|."""
+"""Sums over a layer's inputs: Σxxᵀ or its sketch, Σx, Σ|x|."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_inputs(
         rows: x, one a row, in the dtype of the sums.
         streams: which sums.
         test: Ω, for ``"input_sketch"``.
-        storage: where the sums live.
+        storage: where the sums are kept.
     """
     statistics.tokens += rows.shape[0]
     if "input_second_moment" in streams:

@@ -1,4 +1,4 @@
-"""What is summed over the gradients at a layer's output: Σ g⊙g, or Σ g gᵀ in full."""
+"""Sums over the gradients at a layer's output: Σ g⊙g, or Σ g gᵀ in full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Σ x_p x_fᵀ: the inputs of a layer on one set of batches beside its inputs on another, position by position."""
+"""Collects cross moments Σ x_p x_fᵀ of a layer's inputs on two sets of batches, paired position by position."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def collect_pairs(
         data: batches as the model takes them: x_f.
         proxy_data: the batches that they are paired with, each of the same shape: x_p.
         request: for its mask, dtype and number of samples.
-        storage: where the sums live.
+        storage: where the sums are kept.
         processes: those whose pairs are shards of one whole, as in `lorainit.statistics.collect.collect`.
         progress: show a progress bar.
 
@@ -70,7 +70,7 @@ def collect_pairs(
 
 
 def _with_masks(model: nn.Module, pairs: Iterable[tuple[Any, Any]], request: Request) -> Iterator[Part[list[Masks]]]:
-    """Yield the pairs, and which positions of each of the two batches count."""
+    """Yield the pairs, each with the masks of its two batches."""
     for pair in pairs:
         if any(batch is None for batch in pair):
             raise LoraInitError("data and proxy_data are to be paired, but one of them has more batches")
@@ -85,7 +85,7 @@ def _inputs(
     request: Request,
     passes: Passes,
 ) -> dict[str, list[Tensor]]:
-    """Return each layer's inputs in a pass over a batch, a position a row."""
+    """Return each layer's inputs in a pass over a batch, one position a row."""
     seen: dict[str, list[Tensor]] = {site.name: [] for site in sites}
 
     def add(site: LoraSite, x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Σ v vᵀ over rows v, of the layer's inputs or of its output gradients: half of the products, the rest by symmetry."""
+"""Sums Σ v vᵀ over rows v: half of the entries are computed, the others follow by symmetry."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .._typing import Float, Tensor
 from .layer import LayerStatistics
 from .storage import ON_DEVICE, Storage
 
-_BLOCK = 256  # rows of the sum that are added to at a time: (1 + block/n)/2 of the products of a full one
+_BLOCK = 256  # rows of the sum that are updated at a time: (1 + block/n)/2 of all products are computed
 
 
 def add_second_moment(

@@ -1,8 +1,8 @@
-"""Hooks on a group of layers, and the sums they fill while batches run.
+"""Hooks a group of layers and adds up their sums while batches run.
 
-The hooks see each layer's input x and, where gradients are asked for, the gradient g at its output. What the weight
-gradient contributes is formed in the hook, so no parameter needs ``requires_grad`` and no ``.grad`` ever exists; the
-backward carries activation gradients only, from the loss down to the first layer that is asked for.
+The hooks see each layer's input x and, where gradients are requested, the gradient g at its output. A layer's share of
+the weight gradient is computed in the hook, so no parameter needs ``requires_grad`` and no ``.grad`` ever exists; the
+backward carries activation gradients only, from the loss down to the first layer of the group.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from .weight_gradients import add_weight_gradient
 
 
 class _Input:
-    """One input tensor, for all layers that receive it; what they compute from it is computed once.
+    """An input tensor, for all layers that receive it; its rows and their sketch are computed once.
 
-    The tensor is only held where a gradient will come back to it: a forward pass is to free it as it would without us.
+    The tensor is only held where a gradient will need it: a forward pass frees it as it would without the hooks.
     """
 
     def __init__(self, site: LoraSite, x: Tensor, dtype: torch.dtype, *, hold: bool) -> None:
@@ -72,7 +72,7 @@ class _Input:
 
 
 class _Counts(NamedTuple):
-    """What is to be known about a part of the data to count it.
+    """How a part of a batch is counted.
 
     Attributes:
         rows: how many it has.
@@ -118,7 +118,7 @@ class Watch:
         self._in_backward = False
 
     def __enter__(self) -> Watch:
-        """Attach the hooks, and listen for what the experts compute."""
+        """Attach the hooks, also those on the products of experts."""
         for site in self.sites:
             if not isinstance(site, Expert):
                 self._attached.callback(site.base_layer.register_forward_hook(self._hook(site)).remove)
@@ -128,7 +128,7 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove them."""
+        """Remove the hooks."""
         self._attached.close()
 
     def run(
@@ -143,10 +143,10 @@ class Watch:
 
         Args:
             batches: as the model takes them.
-            passes: how the model runs; default: it is all here.
+            passes: how the model runs; default: this process holds it whole.
             loss_function: (model, batch) -> (summed loss, number of terms); default: the model's own loss.
-            micro_batch: so many rows at a time; None: the whole batch. One row where the loss is a mean over rows, or
-                where it has to be known which row, or which padding, a token that an expert sees comes from.
+            micro_batch: so many rows at a time; None: the whole batch. One row at a time where the loss is a mean over
+                rows, or where the row or the padding of an expert's tokens has to be known.
 
         Raises:
             LoraInitError: a batch that the model refuses or that has no labels, positions that cannot be told apart.
@@ -171,7 +171,7 @@ class Watch:
             self._inputs.clear()
 
     def _parts(self, batches: Iterable[Any], micro_batch: int | None) -> Iterator[Part[_Counts]]:
-        """Yield the batches in parts that run at a time; raise if one that has run was not finite."""
+        """Yield the batches in parts that run at a time; raise if the statistics of one were not finite."""
         for batch in batches:
             self._batch += 1
             # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
@@ -258,7 +258,7 @@ class Watch:
 
     def _observe(self, site: LoraSite, x: Tensor, output: Tensor) -> Tensor | None:
         """Add a layer's input to its sums; return the output with a hook for its gradient, if that is asked for."""
-        seen = self._passes.attempt(self._see, site, x) if self._counts is not _NOTHING else None
+        seen = self._passes.attempt(self._add_and_record, site, x) if self._counts is not _NOTHING else None
         if self._is_last_call():
             raise _LastLayerSeen
         if not (self.request.needs_gradients and torch.is_grad_enabled()):
@@ -271,16 +271,16 @@ class Watch:
             result.register_hook(lambda gradient: self._passes.attempt(self._add_gradient, site, keep, gradient))
         return result
 
-    def _see(self, site: LoraSite, x: Tensor) -> _Input:
-        """Add an input that a layer gets, and return it."""
-        seen = self._seen(site, x)
+    def _add_and_record(self, site: LoraSite, x: Tensor) -> _Input:
+        """Add an input of a layer to its sums, and return its record."""
+        seen = self._record_of(site, x)
         if not self._in_backward:  # a checkpointed block runs again there: its inputs are counted already
             self._add_input(site, seen, x)
             self._calls[site.name] += 1
         return seen
 
-    def _seen(self, site: LoraSite, x: Tensor) -> _Input:
-        """Return what is known about an input: the very object, if another layer has got the same tensor."""
+    def _record_of(self, site: LoraSite, x: Tensor) -> _Input:
+        """Return the record of an input tensor, the same for all layers that receive it."""
         found = self._known[id(x)]() if id(x) in self._known else None
         if found is None or found.tensor() is not x or found.geometry != geometry(site):
             hold = bool(self._streams[site.name] & WEIGHT_GRADIENT_STREAMS) and torch.is_grad_enabled()
@@ -300,7 +300,7 @@ class Watch:
         return len(first) == len(self.sites) and self._calls == first
 
     def _add_input(self, site: LoraSite, seen: _Input, x: Tensor) -> None:
-        """Add a layer's input to its sums, or take over its leader's: the first layer that got the very same tensor."""
+        """Add a layer's input to its sums, or share the sums of its leader, the first layer with the same tensor."""
         statistics, streams = self.statistics[site.name], self._streams[site.name]
         if site.name not in self._leader:
             same = (name for name, other in self._inputs.items() if other is seen and self._can_lead(name, site))
@@ -319,7 +319,7 @@ class Watch:
         add_inputs(statistics, rows, streams, test, self.storage)
 
     def _can_lead(self, name: str, site: LoraSite) -> bool:
-        """Say whether a layer collects what another one with the same input needs: the same streams and sketch."""
+        """Say whether two layers with the same input can share its sums: they have the same streams and sketch."""
         other = next(s for s in self.sites if s.name == name)
         sketch = self.request.sketch
         alike = sketch is None or sketch.columns(other) == sketch.columns(site)

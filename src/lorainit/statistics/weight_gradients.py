@@ -1,4 +1,4 @@
-"""The weight gradient G = Σ g xᵀ, from inputs and output gradients: whole, of every second row, or as two sketches."""
+"""Sums weight gradients G = Σ g xᵀ from inputs and output gradients: whole, of every second row, or as two sketches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_weight_gradient(
     test_out: Float[Tensor, "out l"] | None = None,
     storage: Storage = ON_DEVICE,
 ) -> None:
-    """Add the share of some positions to a layer's weight gradient, or to its sketches: those never form G.
+    """Add the share of some positions to a layer's weight gradient, or to its sketches without forming G.
 
     Args:
         statistics: the sums.
@@ -30,7 +30,7 @@ def add_weight_gradient(
         odd: which positions belong to the odd rows of the data, for ``"odd_weight_gradient"``.
         projected: x Ω, for ``"gradient_range"``: GΩ = Σ g (xᵀΩ).
         test_out: Ψᵀ, for ``"gradient_corange"``: ΨG = Σ (Ψg) xᵀ.
-        storage: where the sums live.
+        storage: where the sums are kept.
     """
     if "weight_gradient" in streams:
         statistics.add_product("weight_gradient", gradients.mT, inputs, storage)

@@ -1,4 +1,4 @@
-"""The constraints of the CNTLoRA reconstruction: closed forms for ΔW from W0 and second moments of activations.
+"""Solves the constraints of the CNTLoRA reconstruction for ΔW, from W0 and second moments of activations.
 
 Each is a reconstruction from the title and the abstract of arXiv:2507.08044; none is known to be the paper's. They are
 solved for ``ΔW C̃^{1/2}`` in the eigenbasis of C, which stays bounded where the data have no variance.
@@ -114,7 +114,7 @@ class Spectrum(NamedTuple):
 
     @property
     def varies(self) -> bool:
-        """Whether there is a moment at all: what is left of a mean that was subtracted is rounding, not variance."""
+        """Whether the moment is above the rounding errors that subtracting a mean leaves."""
         return self.mean > self.rounding * self.size
 
 

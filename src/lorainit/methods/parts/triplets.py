@@ -1,4 +1,4 @@
-"""What the starts from the leading singular triplets of a layer's weight gradient share: options, sketch, energies."""
+"""Shared by starts from leading singular triplets of the weight gradient: options, sketch, energies."""
 
 from __future__ import annotations
 
