@@ -137,18 +137,18 @@ def table(
     """
     from pathlib import Path
 
-    from .tables.file import read_table
+    from .tables.folders import TableFolders
     from .tables.measured import Measured
-    from .tables.page import page
-    from .tables.place import Place
-    from .tables.recipes import write_recipes
-    from .tables.record import discard_changed
-    from .tables.work import work
+    from .tables.recipe_files import write_recipes
+    from .tables.run_table import run_table
+    from .tables.table_file import read_table
+    from .tables.table_page import table_page
+    from .tables.table_records import discard_changed
 
     if show + redo + (write_recipe is not None) > 1:
         raise LoraInitError("show, redo and write-recipe exclude each other")
     chosen = read_table(file, scale).selected(row, column, seeds, rates)
-    place = Place(Path(results), Path(scratch), data)
+    place = TableFolders(Path(results), Path(scratch), data)
     if write_recipe is not None:
         files, left = write_recipes(chosen, Path(write_recipe), data)
         for path in files:
@@ -162,8 +162,8 @@ def table(
         for path in discard_changed(chosen, place):
             print(f"removed {path}, made from another recipe")
     if not show:
-        work(chosen, place)
-    print(page(chosen, place))
+        run_table(chosen, place)
+    print(table_page(chosen, place))
     left = Measured(chosen, place).hours()
     if left:
         print(f"missing: about {left:.1f} hours of one worker", file=sys.stderr)
@@ -213,7 +213,7 @@ def bench(
     """
     with _needs_bench():
         from .bench import load
-        from .bench.run import bench as run
+        from .bench.run_suite import run_suite as run
 
     chosen = load(suite)
     folder = output or f"results/{chosen.name}"
@@ -235,7 +235,7 @@ def report(results: str, output: str | None = None, suite: str | None = None) ->
         import jinja2  # noqa: F401
         import scipy  # noqa: F401
 
-        from .bench.report import write_report
+        from .bench.suite_report import write_report
 
     print("\n".join(f"wrote {file}" for file in write_report(results, output or results, suite)))
 

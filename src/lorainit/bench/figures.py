@@ -9,8 +9,8 @@ from ..diagnostics import svg
 from ..diagnostics.svg import INK, STYLE
 from ..errors import LoraInitError
 from . import statistics
+from .cell_table import CellTable, Row
 from .suite import CONTROLS, VANILLA
-from .table import Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ _TICKS = [digit * 10.0**power for power in range(-4, 6) for digit in (1, 2, 5)]
 _CONTROLS = {entry.label for entry in CONTROLS}
 
 
-def rate_panels(table: Table) -> list[tuple[str, str]]:
+def rate_panels(table: CellTable) -> list[tuple[str, str]]:
     """Return (label, SVG) of the loss at each learning rate, a panel a method, vanilla's curve in all."""
     control = table.control
     values = [rate.loss.mean for row in table.rows for rate in row.rates if rate.loss.count]
@@ -61,7 +61,7 @@ def rate_panels(table: Table) -> list[tuple[str, str]]:
     return panels
 
 
-def loss_curves(table: Table) -> dict[str, str]:
+def loss_curves(table: CellTable) -> dict[str, str]:
     """Return SVGs of the training loss against steps and against time: vanilla and the best five others."""
     chosen = _leaders(table)
     if not chosen:
@@ -86,7 +86,7 @@ def loss_curves(table: Table) -> dict[str, str]:
     return drawn
 
 
-def pareto(table: Table) -> str | None:
+def pareto(table: CellTable) -> str | None:
     """Return an SVG of quality against what the start costs; filled marks: nothing is both cheaper and better."""
     points = [row for row in table.rows if row.loss.count and row.start_seconds > 0]
     if not points:
@@ -132,7 +132,7 @@ def _rates(axes: Axes, row: Row, **look: Any) -> None:
         axes.plot(*zip(*known, strict=True), **look)
 
 
-def _leaders(table: Table) -> list[Row]:
+def _leaders(table: CellTable) -> list[Row]:
     """Return vanilla and the best others, at most as many as there are looks."""
     known = [row for row in table.rows if len(row.curve) > 1 and row.clock]
     others = sorted((row for row in known if row.label != VANILLA), key=lambda row: row.loss.mean)

@@ -1,4 +1,4 @@
-"""``lorainit report``: one HTML page that needs no other file, and the same tables as Markdown and CSV."""
+"""``lorainit report``: writes one HTML page that needs no other file, and the same tables as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import numpy as np
 
 from .. import methods
 from ..errors import LoraInitError
+from ..grids import markdown
 from ..version import __version__
 from . import figures, statistics
+from .cell_table import COMPARABLE, CellTable, Row, cell_tables
 from .results import Results
 from .statistics import Estimate
 from .suite import VANILLA, Comparison, Suite, read
-from .table import COMPARABLE, Row, Table, tables
 
 ALPHA = 0.05
 _COMMITS = 5  # that a page names
@@ -51,7 +52,7 @@ def write_report(results: str | Path, output: str | Path, suite_file: str | Path
     with contextlib.suppress(LoraInitError):  # only the papers of third parties' methods would be known by it
         methods.import_modules(suite.imports)
     with contextlib.closing(Results(folder)) as found:
-        known = tables(suite, found)
+        known = cell_tables(suite, found)
         counts = {}
         for summary in found.summaries.values():
             counts[summary.status] = counts.get(summary.status, 0) + 1
@@ -60,22 +61,22 @@ def write_report(results: str | Path, output: str | Path, suite_file: str | Path
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     texts = {
-        "index.html": page(suite, known, counts),
-        "report.md": markdown(suite, known),
-        "report.csv": table_csv(known),
+        "index.html": _html(suite, known, counts),
+        "report.md": _markdown(suite, known),
+        "report.csv": _csv(known),
     }
     for name, text in texts.items():
         (target / name).write_text(text, encoding="utf-8")
     return [target / name for name in texts]
 
 
-def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
+def _html(suite: Suite, known: list[CellTable], counts: dict[str, int]) -> str:
     """Return the page."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text())
+    template = environment.from_string(Path(__file__).with_name("suite_report.html.j2").read_text())
     drawn = [
         {
             "rates": [(label, Markup(svg)) for label, svg in figures.rate_panels(table)],
@@ -89,23 +90,23 @@ def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
         counts=counts,
         version=__version__,
         tables=[(table, _columns(table), _cells(table), shown) for table, shown in zip(known, drawn, strict=True)],
-        overview=overview(suite, known),
-        kinds=[_KINDS[kind] for kind in compared_kinds(suite, known)],
+        overview=_overview(suite, known),
+        kinds=[_KINDS[kind] for kind in _compared_kinds(suite, known)],
         titles=[table.title for table in known],
         papers=_papers(suite),
         layers=_layers,
-        provenance=provenance(known),
+        provenance=_provenance(known),
         missing=sum(row.missing for table in known for row in table.rows),
         errors=[(key, error) for table in known for row in table.rows for key, error in row.errors.items()],
-        number=number,
-        no_times=no_times,
+        number=_number,
+        no_times=_no_times,
         zip=zip,
     )
 
 
-def overview(suite: Suite, known: list[Table]) -> list[dict[str, Any]]:
+def _overview(suite: Suite, known: list[CellTable]) -> list[dict[str, Any]]:
     """Return a line a method: the relative change of its loss over all cells, and the change in each."""
-    lines, kinds = [], compared_kinds(suite, known)
+    lines, kinds = [], _compared_kinds(suite, known)
     places = [(table.cell.model.label, table.cell.task.task, table.cell.task.name) for table in known]
     for label in (entry.label for entry in suite.entries()):
         rows = [next(row for row in table.rows if row.label == label) for table in known]
@@ -127,7 +128,7 @@ def overview(suite: Suite, known: list[Table]) -> list[dict[str, Any]]:
     return lines
 
 
-def compared_kinds(suite: Suite, known: list[Table]) -> list[Comparison]:
+def _compared_kinds(suite: Suite, known: list[CellTable]) -> list[Comparison]:
     """Return the suite's kinds of comparison that there is anything of."""
     return [kind for kind in suite.compare if any(kind in row.compared for table in known for row in table.rows)]
 
@@ -148,7 +149,7 @@ def _relative(found: Sequence[Estimate | None], bases: list[float], places: list
     return _percent(statistics.estimate(known)) + part
 
 
-def provenance(known: list[Table]) -> str:
+def _provenance(known: list[CellTable]) -> str:
     """Return in one sentence what the runs were made with: every version and machine that occurs, the main commits."""
     records = [record for table in known for record in table.provenance]
     if not records:
@@ -173,28 +174,34 @@ def provenance(known: list[Table]) -> str:
     return f"{made}; runs by commit of lorainit: {shares}; {dirty} of {len(records)} with uncommitted changes"
 
 
-def markdown(suite: Suite, known: list[Table]) -> str:
+def _markdown(suite: Suite, known: list[CellTable]) -> str:
     """Return the tables as Markdown."""
     lines = [f"# {suite.name}", "", HOW_TO_READ, ""]
-    found = overview(suite, known)
-    head = ["start", "tuned", *(_KINDS[kind] for kind in compared_kinds(suite, known)), "better / worse", "start takes"]
-    lines += ["## Over all tasks: change of the evaluation loss, beside tuned vanilla's", "", *_pipes(head)]
-    lines += [_pipe([line["label"], *line["all"], line["verdict"], line["start"]]) for line in found]
-    lines += ["", "## By task, at the tuned rate", "", *_pipes(["start", *(table.title for table in known)])]
-    lines += [_pipe([line["label"], *(cell["text"] for cell in line["cells"])]) for line in found]
+    found = _overview(suite, known)
+    head = [
+        "start",
+        "tuned",
+        *(_KINDS[kind] for kind in _compared_kinds(suite, known)),
+        "better / worse",
+        "start takes",
+    ]
+    lines += ["## Over all tasks: change of the evaluation loss, beside tuned vanilla's", "", *markdown.head(head)]
+    lines += [markdown.line([line["label"], *line["all"], line["verdict"], line["start"]]) for line in found]
+    lines += ["", "## By task, at the tuned rate", "", *markdown.head(["start", *(table.title for table in known)])]
+    lines += [markdown.line([line["label"], *(cell["text"] for cell in line["cells"])]) for line in found]
     for table in known:
-        lines += ["", f"## {table.title}", "", *_pipes(_columns(table))]
-        lines += [_pipe(cells) for cells in _cells(table)]
-        if no_times(table):
-            lines += ["", no_times(table)]
-    lines += ["", "## Made with", "", provenance(known)]
+        lines += ["", f"## {table.title}", "", *markdown.head(_columns(table))]
+        lines += [markdown.line(cells) for cells in _cells(table)]
+        if _no_times(table):
+            lines += ["", _no_times(table)]
+    lines += ["", "## Made with", "", _provenance(known)]
     errors = [(key, error) for table in known for row in table.rows for key, error in row.errors.items()]
     if errors:
         lines += ["", "## Failed or diverged", "", *(f"- `{key}`: {error}" for key, error in errors)]
     return "\n".join(lines) + "\n"
 
 
-def table_csv(known: list[Table]) -> str:
+def _csv(known: list[CellTable]) -> str:
     """Return one line a cell and method with every number."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -209,7 +216,7 @@ def table_csv(known: list[Table]) -> str:
     return buffer.getvalue()
 
 
-def no_times(table: Table) -> str:
+def _no_times(table: CellTable) -> str:
     """Return why a table tells no time to vanilla, or nothing."""
     if table.slowest <= COMPARABLE:
         return ""
@@ -219,7 +226,7 @@ def no_times(table: Table) -> str:
     )
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def _number(value: float | None, digits: int = 3) -> str:
     """Return a number, or a dash for an unknown one."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
 
@@ -236,8 +243,8 @@ HOW_TO_READ = (
 )
 
 
-def _columns(table: Table) -> list[str]:
-    compare = [f"Δ {_KINDS[kind]}" for kind in compared_kinds(table.cell.suite, [table])]
+def _columns(table: CellTable) -> list[str]:
+    compare = [f"Δ {_KINDS[kind]}" for kind in _compared_kinds(table.cell.suite, [table])]
     metric = [f"{table.metric}, %"] if table.metric else []
     rows = ["Δ, rows"] if any(row.rows for row in table.rows) else []
     forgetting = ["forgotten"] if any(row.forgetting.count for row in table.rows) else []
@@ -245,20 +252,20 @@ def _columns(table: Table) -> list[str]:
     return ["start", "rate", "seeds", "loss", *metric, "Δ loss", "p", *rows, *compare, *ends]
 
 
-def _cells(table: Table) -> list[list[str]]:
+def _cells(table: CellTable) -> list[list[str]]:
     return [_line(table, row) for row in table.rows]
 
 
-def _line(table: Table, row: Row) -> list[str]:
+def _line(table: CellTable, row: Row) -> list[str]:
     rate = "–" if row.tuned is None else f"{row.tuned:.2g}" + "*" * row.edge
     seeds = f"{row.loss.count} of {row.loss.count + row.broken}" if row.broken else str(row.loss.count)
     line = [row.label, rate, seeds, _interval(row.loss)]
     if table.metric:
         line.append(_interval(_hundredfold(row.metric), digits=1))
-    line += [_interval(row.difference, signed=True), number(row.p_holm, 2)]
+    line += [_interval(row.difference, signed=True), _number(row.p_holm, 2)]
     if any(each.rows for each in table.rows):
         line.append(_interval(row.rows, signed=True) if row.rows else "–")
-    kinds = compared_kinds(table.cell.suite, [table])
+    kinds = _compared_kinds(table.cell.suite, [table])
     line += [_interval(row.compared[kind], signed=True) if kind in row.compared else "–" for kind in kinds]
     never = row.steps_share is None and row.curve and table.control.curve
     line += ["never" if never else _share(share) for share in (row.steps_share, row.seconds_share)]
@@ -312,20 +319,12 @@ def _seconds(value: float) -> str:
     return "–" if math.isnan(value) else f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
 
 
-def _pipes(head: list[str]) -> list[str]:
-    return [_pipe(head), "|---" * len(head) + "|"]
-
-
-def _pipe(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _papers(suite: Suite) -> list[tuple[str, str]]:
     known = {name: info.paper for info in methods.available() for name in (info.name, *info.aliases)}
     return [(entry.label, known.get(entry.name, "")) for entry in suite.entries()]
 
 
-def _layers(table: Table) -> tuple[list[str], list[list[str]], list[list[str]]]:
+def _layers(table: CellTable) -> tuple[list[str], list[list[str]], list[list[str]]]:
     """Return the diagnosed methods, a line for all layers together, and the information loss layer by layer."""
     found = [row for row in table.rows if row.diagnosis]
     sums = []
@@ -346,7 +345,7 @@ def _layers(table: Table) -> tuple[list[str], list[list[str]], list[list[str]]]:
     return labels, sums, lines
 
 
-def _flat(table: Table, row: Row) -> dict[str, Any]:
+def _flat(table: CellTable, row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {"model": table.cell.model.label, "task": table.cell.task.name, "rank": table.cell.rank}
     flat |= {"method": row.label, "learning_rate": row.tuned, "edge": row.edge, "metric_name": table.metric}
     estimates = {"loss": row.loss, "metric": row.metric, "difference": row.difference}

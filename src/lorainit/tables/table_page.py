@@ -1,36 +1,25 @@
-"""A table as text: what was published beside what was measured here."""
+"""Writes a table as Markdown: what was measured here beside what was published."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from typing import Any
 
+from ..grids import markdown
 from ..tasks.vtab import means
+from .folders import TableFolders
 from .measured import Measured
-from .place import Place
 from .table import Table
 
 
-def page(table: Table, place: Place) -> str:
-    """Return a table as Markdown: each row at its own best rate, all at the reference's, and the published figures."""
-    measured = Measured(table, place)
-    wanted = measured.wanted()  # not all that there is: a cell's best rate is another one where rates were added
-    done = sum(run in measured.results for run in wanted)
-    shown = _metrics({table.score: table.times} | table.also)
-    spread = ", mean ± standard deviation" if len(table.seeds) > 1 else ""
-    lines = [
-        f"## {table.title}",
-        "",
-        f"Published (in italics): {table.source}. Here: `{table.name}`, {done} of {len(wanted)} runs, seeds "
-        f"{list(table.seeds)}: {shown}{spread}.",
-        "",
-    ]
+def table_page(table: Table, folders: TableFolders) -> str:
+    """Write a table as Markdown: each row at its own best rate, all at the reference's, and the published figures."""
+    measured = Measured(table, folders)
+    lines = [f"## {table.title}", "", _head(table, measured), ""]
     if len(table.rates) > 1:
-        rates = ", ".join(f"{rate:g}" for rate in table.rates)
         lines += [
-            f"Each row at its best of the rates {rates} by seed {', '.join(map(str, table.searching_seeds()))}, which "
-            "stands in brackets, with a * where it is the lowest or the highest of them (of equals the lowest is "
-            "taken). It is chosen on the scores that are shown: the best of several draws, for every row alike.",
+            _how_chosen(table),
             "",
             *_grid(table, measured, measured.best),
             f"All rows at the rate that is best for {table.reference}:",
@@ -47,8 +36,30 @@ def page(table: Table, place: Place) -> str:
     return "\n".join([*lines, ""])
 
 
+def _head(table: Table, measured: Measured) -> str:
+    """Return where the published figures come from, and what was measured."""
+    wanted = measured.wanted()  # not all results: a cell's best rate is another one where rates were added
+    done = sum(run in measured.results for run in wanted)
+    shown = _metrics({table.score: table.times} | table.also)
+    spread = ", mean ± standard deviation" if len(table.seeds) > 1 else ""
+    return (
+        f"Published (in italics): {table.source}. Here: `{table.name}`, {done} of {len(wanted)} runs, seeds "
+        f"{list(table.seeds)}: {shown}{spread}."
+    )
+
+
+def _how_chosen(table: Table) -> str:
+    """Return how the rate of each row was chosen."""
+    rates = ", ".join(f"{rate:g}" for rate in table.rates)
+    return (
+        f"Each row at its best of the rates {rates} by seed {', '.join(map(str, table.searching_seeds()))}, which "
+        "stands in brackets, with a * where it is the lowest or the highest of them (of equals the lowest is "
+        "taken). It is chosen on the scores that are shown: the best of several draws, for every row alike."
+    )
+
+
 def _remarks(measured: Measured) -> list[str]:
-    """Return what the results themselves call for."""
+    """Return the notes that follow from the results."""
     remarks = []
     unrecorded = measured.unrecorded()
     if unrecorded:
@@ -67,36 +78,51 @@ def _grid(
 ) -> list[str]:
     """Return the lines of one Markdown table; what is published stands below what is measured.
 
-    Where no published column was run here, they stand behind the others.
+    Where no published column was run here, the published columns stand behind the others.
     """
     tasks = {column: changes.get("task", "") for column, changes in table.columns.items()}
     groups = list(_means(tasks, dict.fromkeys(tasks, 0.0)))
     printed_columns = dict.fromkeys(column for row in table.published.values() for column in row) if published else {}
     others = [] if set(printed_columns) & set(tasks) else list(printed_columns)
-    titles = [*(_title(table, column) for column in tasks), *groups, *others]
-    lines = ["| row | " + " | ".join(titles) + " |", "|---" * (1 + len(titles)) + "|"]
+    lines = markdown.head(["row", *(_title(table, column) for column in tasks), *groups, *others])
     for row in table.rows:
         cells: dict[str, list[str]] = {name: [] for name in (*tasks, *groups, *others)}
-        ours = {}
-        for column in tasks:
-            rate = rate_of(row, column)
-            scores = [list(measured.scores(row, column, rate, m).values()) for m in table.shown(column)]
-            lost = _lost(table, measured, row, column, rate)
-            if any(scores) or lost:
-                cells[column].append(_shown(scores, lost) + _mark(table, rate))
-            if scores[0] and not lost:  # a mean of those that are left would flatter the group's
-                ours[column] = statistics.mean(scores[0])
-        printed = table.published.get(row, {}) if published else {}
-        for column, value in printed.items():
-            if column in cells:
-                cells[column].append(f"*{value}*")
-        for name, mean in _means(tasks, ours).items():
-            cells[name].append(f"{mean:.2f}")
-        numbers = {column: float(value) for column, value in printed.items() if isinstance(value, int | float)}
-        for name, mean in _means(tasks, numbers).items():
-            cells[name].append(f"*{mean:.2f}*")
-        lines.append(f"| {row} | " + " | ".join("<br>".join(texts) for texts in cells.values()) + " |")
+        _add_measured(cells, table, measured, row, tasks, rate_of)
+        _add_printed(cells, table.published.get(row, {}) if published else {}, tasks)
+        lines.append(markdown.line([row, *("<br>".join(texts) for texts in cells.values())]))
     return [*lines, ""]
+
+
+def _add_measured(
+    cells: dict[str, list[str]],
+    table: Table,
+    measured: Measured,
+    row: str,
+    tasks: dict[str, str],
+    rate_of: Callable[[str, str], float | None],
+) -> None:
+    """Add to the cells of a row what was measured here."""
+    ours = {}
+    for column in tasks:
+        rate = rate_of(row, column)
+        scores = [list(measured.scores(row, column, rate, metric).values()) for metric in table.shown(column)]
+        lost = _lost(table, measured, row, column, rate)
+        if any(scores) or lost:
+            cells[column].append(_shown(scores, lost) + _mark(table, rate))
+        if scores[0] and not lost:  # the mean of the other seeds would make the group's look too good
+            ours[column] = statistics.mean(scores[0])
+    for name, mean in _means(tasks, ours).items():
+        cells[name].append(f"{mean:.2f}")
+
+
+def _add_printed(cells: dict[str, list[str]], printed: Mapping[str, Any], tasks: dict[str, str]) -> None:
+    """Add to the cells of a row what was published."""
+    for column, value in printed.items():
+        if column in cells:
+            cells[column].append(f"*{value}*")
+    numbers = {column: float(value) for column, value in printed.items() if isinstance(value, int | float)}
+    for name, mean in _means(tasks, numbers).items():
+        cells[name].append(f"*{mean:.2f}*")
 
 
 def _title(table: Table, column: str) -> str:
@@ -106,7 +132,7 @@ def _title(table: Table, column: str) -> str:
 
 
 def _metrics(shown: Mapping[str, float]) -> str:
-    """Return what a cell shows, in words."""
+    """Return metrics and their factors in words."""
     return " / ".join(metric if factor == 1 else f"{metric} × {factor:g}" for metric, factor in shown.items())
 
 
@@ -117,7 +143,7 @@ def _lost(table: Table, measured: Measured, row: str, column: str, rate: float |
 
 
 def _mark(table: Table, rate: float | None) -> str:
-    """Return a rate as it stands behind a score, marked where a better one may lie beyond those that were tried."""
+    """Return a rate as it stands behind a score, with a * where it is the lowest or highest that was tried."""
     if rate is None:
         return ""
     at_an_edge = len(table.rates) > 1 and rate in (min(table.rates), max(table.rates))
@@ -125,7 +151,7 @@ def _mark(table: Table, rate: float | None) -> str:
 
 
 def _shown(scores: list[list[float]], lost: int) -> str:
-    """Return what a cell shows: the spread of each metric, and how many runs beside them diverged."""
+    """Return the text of a cell: the mean and spread of each metric, and how many runs diverged."""
     texts = [" / ".join(_spread(values) if values else "–" for values in scores)] if any(scores) else []
     if lost:
         texts.append(f"{lost} diverged" if texts else "diverged")
@@ -137,5 +163,5 @@ def _spread(values: list[float]) -> str:
 
 
 def _means(tasks: dict[str, str], scores: dict[str, float]) -> dict[str, float]:
-    """Return VTAB's group means of the columns that are its tasks, as far as groups are complete."""
+    """Return the means of VTAB's groups over the columns that are its tasks, of groups that are complete."""
     return means({tasks[column]: score for column, score in scores.items() if column in tasks})
