@@ -199,7 +199,7 @@ def test_the_final_seeds_are_compared_unless_the_search_says_which(given, expect
 
 def test_a_suite_survives_the_folder_of_results(tmp_path) -> None:
     from lorainit.bench.run_suite import description
-    from lorainit.grids.records import write_record
+    from lorainit.grids.result_files import write_record
 
     write_record(tmp_path / "suite.json", description(SUITE))
     assert read(tmp_path / "suite.json") == SUITE

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..grids.records import Record
+from ..grids.result_files import Record
 from . import search, statistics
 from .plan import Group, settled
 from .results import Results

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from ..grids.records import Record, Status, read_record, replace_file, write_record
+from ..grids.result_files import Record, Status, read_record, replace_file, write_record
 
 _INDEX = "index.jsonl"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraInitError
-from ..grids.records import Record, seconds, write_record
+from ..grids.result_files import Record, seconds, write_record
 from ..machine import provenance
 from ..machine.lock import taken
 from . import cluster, workers

@@ -25,7 +25,7 @@ from .statistics import Estimate
 from .suite import VANILLA, Comparison, Suite, read
 
 ALPHA = 0.05
-_COMMITS = 5  # that a page names
+_COMMITS = 5  # so many are named
 _KINDS: dict[Comparison, str] = {
     "vanilla": "at vanilla's rate",
     "suggested": "at suggested rate",
@@ -38,18 +38,18 @@ def write_report(results: str | Path, output: str | Path, suite_file: str | Path
     """Write ``index.html``, ``report.md`` and ``report.csv`` and return their paths.
 
     Args:
-        results: folder of results; several suites may have put theirs there.
+        results: folder of results, which several suites may share.
         output: folder to write to.
         suite_file: the suite to report; default: the one that was run last.
 
     Raises:
-        LoraInitError: no folder of results, no such suite, or nothing of it yet.
+        LoraInitError: no folder of results, no such suite, or no results of it yet.
     """
     folder = Path(results)
     if not (folder / "suite.json").is_file():
         raise LoraInitError(f"{folder} holds no results of `lorainit bench`: there is no suite.json")
     suite = read(suite_file or folder / "suite.json")
-    with contextlib.suppress(LoraInitError):  # only the papers of third parties' methods would be known by it
+    with contextlib.suppress(LoraInitError):  # without them only the papers of third parties' methods are missing
         methods.import_modules(suite.imports)
     with contextlib.closing(Results(folder)) as found:
         known = cell_tables(suite, found)
@@ -71,7 +71,7 @@ def write_report(results: str | Path, output: str | Path, suite_file: str | Path
 
 
 def _html(suite: Suite, known: list[CellTable], counts: dict[str, int]) -> str:
-    """Return the page."""
+    """Return the HTML page."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -105,7 +105,7 @@ def _html(suite: Suite, known: list[CellTable], counts: dict[str, int]) -> str:
 
 
 def _overview(suite: Suite, known: list[CellTable]) -> list[dict[str, Any]]:
-    """Return a line a method: the relative change of its loss over all cells, and the change in each."""
+    """Return a line for each method: the relative change of its loss over all cells, and its change in each cell."""
     lines, kinds = [], _compared_kinds(suite, known)
     places = [(table.cell.model.label, table.cell.task.task, table.cell.task.name) for table in known]
     for label in (entry.label for entry in suite.entries()):
@@ -129,14 +129,14 @@ def _overview(suite: Suite, known: list[CellTable]) -> list[dict[str, Any]]:
 
 
 def _compared_kinds(suite: Suite, known: list[CellTable]) -> list[Comparison]:
-    """Return the suite's kinds of comparison that there is anything of."""
+    """Return the suite's kinds of comparison that have results."""
     return [kind for kind in suite.compare if any(kind in row.compared for table in known for row in table.rows)]
 
 
 def _relative(found: Sequence[Estimate | None], bases: list[float], places: list[Any]) -> str:
     """Return the mean over models and tasks of changes relative to vanilla's loss; ranks are averaged first.
 
-    A task with runs that failed, of the start or of vanilla, or that are missing, does not count.
+    A task does not count if a run of the start or of vanilla failed there or is missing.
     """
     shares: dict[Any, list[float]] = {}
     for place, each, base in zip(places, found, bases, strict=True):
@@ -150,7 +150,7 @@ def _relative(found: Sequence[Estimate | None], bases: list[float], places: list
 
 
 def _provenance(known: list[CellTable]) -> str:
-    """Return in one sentence what the runs were made with: every version and machine that occurs, the main commits."""
+    """Return a sentence about what the runs were made with: all versions and machines, the most frequent commits."""
     records = [record for table in known for record in table.provenance]
     if not records:
         return ""
@@ -176,7 +176,7 @@ def _provenance(known: list[CellTable]) -> str:
 
 def _markdown(suite: Suite, known: list[CellTable]) -> str:
     """Return the tables as Markdown."""
-    lines = [f"# {suite.name}", "", HOW_TO_READ, ""]
+    lines = [f"# {suite.name}", "", _HOW_TO_READ, ""]
     found = _overview(suite, known)
     head = [
         "start",
@@ -202,7 +202,7 @@ def _markdown(suite: Suite, known: list[CellTable]) -> str:
 
 
 def _csv(known: list[CellTable]) -> str:
-    """Return one line a cell and method with every number."""
+    """Return every number as CSV, a line for each method in each cell."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     head: list[str] | None = None
@@ -217,12 +217,12 @@ def _csv(known: list[CellTable]) -> str:
 
 
 def _no_times(table: CellTable) -> str:
-    """Return why a table tells no time to vanilla, or nothing."""
+    """Return why a table shows no time to vanilla; an empty text where it does."""
     if table.slowest <= COMPARABLE:
         return ""
     return (
         f"No time to vanilla: of the runs with the same adapters and steps the slowest took {table.slowest:.1f} times "
-        "as long as the fastest; such times tell more of the machine than of the starts."
+        "as long as the fastest; such times say more about the machine than about the starts."
     )
 
 
@@ -231,19 +231,21 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
 
 
-HOW_TO_READ = (
+_HOW_TO_READ = (
     "Loss: evaluation loss after training, mean over seeds with Student's 95 % interval. Δ: minus tuned vanilla's, "
     "paired by seed; negative is better. Each method runs at its own tuned rate; * marks a best rate at the edge of "
     "those tried. p: paired t-test, Holm-adjusted over the methods of the table; better and worse: p < 0.05. Rows: Δ "
-    "with the interval over test rows (bootstrap). At vanilla's rate, at the suggested one, with match_lr: Δ without a "
-    "search of the start's own, over the seeds that there are; without an interval it is one. Over all tasks: each "
-    "counts alike, with Student's interval over tasks; (n of N) where runs of the others failed or are missing. "
-    "To vanilla: steps, and seconds with the start's own, until the training loss is down at vanilla's final one, as a "
-    "share of vanilla's training. Early: mean training loss over the first quarter."
+    "with the interval over test rows (bootstrap). At vanilla's rate, at the suggested rate, with match_lr: Δ without "
+    "a search for the start's own rate, over the seeds that have run; a value without an interval is of one seed. Over "
+    "all tasks: every task counts the same, with Student's interval over tasks; (n of N) where runs of the other tasks "
+    "failed or are missing. To vanilla: steps, and seconds including the start's own, until the training loss has "
+    "fallen to vanilla's final one, as a share of vanilla's training. Early: mean training loss over the first quarter "
+    "of the steps."
 )
 
 
 def _columns(table: CellTable) -> list[str]:
+    """Return the titles of a table's columns."""
     compare = [f"Δ {_KINDS[kind]}" for kind in _compared_kinds(table.cell.suite, [table])]
     metric = [f"{table.metric}, %"] if table.metric else []
     rows = ["Δ, rows"] if any(row.rows for row in table.rows) else []
@@ -257,6 +259,7 @@ def _cells(table: CellTable) -> list[list[str]]:
 
 
 def _line(table: CellTable, row: Row) -> list[str]:
+    """Return the cells of a row, in the order of the columns."""
     rate = "–" if row.tuned is None else f"{row.tuned:.2g}" + "*" * row.edge
     seeds = f"{row.loss.count} of {row.loss.count + row.broken}" if row.broken else str(row.loss.count)
     line = [row.label, rate, seeds, _interval(row.loss)]
@@ -277,13 +280,14 @@ def _line(table: CellTable, row: Row) -> list[str]:
 
 
 def _verdict(row: Row) -> str:
-    """Say whether a difference to vanilla is more than chance."""
+    """Return whether a difference to vanilla is more than chance: better, worse or unclear."""
     if math.isnan(row.p_holm) or row.p_holm >= ALPHA:
         return "unclear"
     return "better" if row.difference.mean < 0 else "worse"
 
 
 def _change(row: Row) -> dict[str, str]:
+    """Return what the overview shows of a row: vanilla's loss, or the change of it and the verdict."""
     if row.label == VANILLA:
         return {"text": _interval(row.loss), "verdict": "control"}
     if not row.difference.count:
@@ -294,6 +298,7 @@ def _change(row: Row) -> dict[str, str]:
 
 
 def _interval(found: Estimate, *, signed: bool = False, digits: int = 3) -> str:
+    """Return a mean and half of its interval."""
     if math.isnan(found.mean):
         return "–"
     if math.isinf(found.mean):
@@ -325,7 +330,7 @@ def _papers(suite: Suite) -> list[tuple[str, str]]:
 
 
 def _layers(table: CellTable) -> tuple[list[str], list[list[str]], list[list[str]]]:
-    """Return the diagnosed methods, a line for all layers together, and the information loss layer by layer."""
+    """Return the labels of the diagnosed methods, a line of figures for each, and a line of losses for each layer."""
     found = [row for row in table.rows if row.diagnosis]
     sums = []
     for row in found:
@@ -346,6 +351,7 @@ def _layers(table: CellTable) -> tuple[list[str], list[list[str]], list[list[str
 
 
 def _flat(table: CellTable, row: Row) -> dict[str, Any]:
+    """Return every number of a row, by the name of its column in the CSV file."""
     flat: dict[str, Any] = {"model": table.cell.model.label, "task": table.cell.task.name, "rank": table.cell.rank}
     flat |= {"method": row.label, "learning_rate": row.tuned, "edge": row.edge, "metric_name": table.metric}
     estimates = {"loss": row.loss, "metric": row.metric, "difference": row.difference}

@@ -9,7 +9,7 @@ import shlex
 from typing import Any
 
 from ..errors import LoraInitError
-from ..grids.records import Status
+from ..grids.result_files import Status
 from ..grids.same_recipe import DEFAULTS, fingerprint
 from ..tasks import DataOptions
 from ..train.diagnose import DiagnosisOptions

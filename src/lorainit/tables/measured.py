@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from ..errors import LoraInitError
-from ..grids.records import Record, has_diverged, seconds
+from ..grids.result_files import Record, has_diverged, seconds
 from .folders import TableFolders
 from .table import Run, Table
 from .table_records import is_recorded, read_checked

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraInitError, NonFiniteError
-from ..grids.records import Record, find_record, has_diverged, write_record
+from ..grids.result_files import Record, find_record, has_diverged, write_record
 from ..grids.same_recipe import as_stored
 from ..machine.lock import taken
 from ..train.run import Recipe, train

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraInitError
-from ..grids.records import Record, find_record, has_diverged
+from ..grids.result_files import Record, find_record, has_diverged
 from ..grids.same_recipe import DEFAULTS, as_stored, differences
 from .folders import SCRATCH, TableFolders
 from .table import DRIFT, TEACHER, Run, Table, build
