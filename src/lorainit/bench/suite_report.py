@@ -25,7 +25,7 @@ from .statistics import Estimate
 from .suite import VANILLA, Comparison, Suite, read
 
 ALPHA = 0.05
-_COMMITS = 5  # so many are named
+_COMMITS = 5  # that are named
 _KINDS: dict[Comparison, str] = {
     "vanilla": "at vanilla's rate",
     "suggested": "at suggested rate",

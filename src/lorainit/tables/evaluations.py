@@ -36,7 +36,7 @@ def evaluate(name: str, fields: Mapping[str, Any], model: Mapping[str, str], out
         output: folder of replies and verdicts; those that are there are not asked for again.
 
     Returns:
-        ``metrics``, {"NAME METRIC": number, or None where there is none}; and ``told``, the benchmark's own metrics and
+        ``metrics``, {"NAME METRIC": number, or None where there is none}; and ``kept``, the benchmark's own metrics and
         counts of replies and verdicts.
 
     Raises:
@@ -51,8 +51,8 @@ def evaluate(name: str, fields: Mapping[str, Any], model: Mapping[str, str], out
             f"evaluations: {name}: {missing['unanswered']} requests got no reply, such as '{reason}'; what there is is "
             "kept, the same command goes on"
         )
-    told = {key: result[key] for key in ("metrics", "replies", "usage")} | {"unparsable": missing["unparsable"]}
-    return {"metrics": metrics, "told": told}
+    kept = {key: result[key] for key in ("metrics", "replies", "usage")} | {"unparsable": missing["unparsable"]}
+    return {"metrics": metrics, "kept": kept}
 
 
 def answering(model: str, trained: str, folder: Path) -> dict[str, str]:

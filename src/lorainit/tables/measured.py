@@ -81,7 +81,7 @@ class Measured:
 
     def evaluated(self) -> list[dict[str, Any]]:
         """Return what the benchmarks have kept of their replies and verdicts, one for each benchmark of each run."""
-        return [told for result in self.results.values() for told in result.get("evaluated", {}).values()]
+        return [kept for result in self.results.values() for kept in result.get("evaluated", {}).values()]
 
     def diverged(self, row: str, column: str, rate: float | None) -> set[int]:
         """Return the seeds whose runs of a cell diverged at a rate."""

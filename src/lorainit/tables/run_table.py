@@ -101,7 +101,7 @@ def _trained_and_evaluated(table: Table, run: Run, recipe: Recipe, folders: Tabl
         model = answering(recipe.model, recipe.adapter, folder)
         found = evaluate(name, filled(fields, {}, folders.data), model, folder / slug(name))
         result["metrics"] |= found["metrics"]
-        result.setdefault("evaluated", {})[name] = found["told"]
+        result.setdefault("evaluated", {})[name] = found["kept"]
     return result
 
 

@@ -67,7 +67,7 @@ def _remarks(measured: Measured) -> list[str]:
             f"{unrecorded} of the results carry no record of all that they were made from (they diverged or have "
             "teachers, and are older than such records): they are taken as they are."
         )
-    unread = sum(told["unparsable"] for told in measured.evaluated())
+    unread = sum(kept["unparsable"] for kept in measured.evaluated())
     if unread:
         remarks.append(f"{unread} replies of the judge could not be read: the means are over the others.")
     return remarks
