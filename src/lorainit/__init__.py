@@ -10,7 +10,8 @@ from __future__ import annotations
 from . import methods, offset
 from .adapter.sites import LoraSite, find_sites
 from .diagnostics.diagnose import diagnose
-from .diagnostics.diagnosis import Diagnosis, LayerDiagnosis
+from .diagnostics.diagnosis import Diagnosis
+from .diagnostics.layer import LayerDiagnosis
 from .diagnostics.learning_rate import LrAdvice, suggest_lr
 from .errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from .methods import Factors, Method, MethodInfo, available, get_method, register

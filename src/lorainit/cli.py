@@ -87,7 +87,8 @@ def list_methods(json_output: bool = False) -> None:
 
 def init(**recipe: Any) -> None:
     """Start a fresh adapter and save it; `lorainit train --start FOLDER` or `lorainit.load` train it from there."""
-    from .train.run import Recipe, start
+    from .train.recipe import Recipe
+    from .train.run import start
 
     print(start(Recipe(**recipe)))
     print(f"saved to {recipe['output']}")
@@ -95,7 +96,7 @@ def init(**recipe: Any) -> None:
 
 def train(**recipe: Any) -> None:
     """Train an adapter as a recipe says, evaluate it, save it plainly, write result.json."""
-    from .train.run import Recipe
+    from .train.recipe import Recipe
     from .train.run import train as run
 
     result = run(Recipe(**recipe))
@@ -172,7 +173,7 @@ def table(
 def diagnose(**options: Any) -> None:
     """Tell what a start is worth: what it preserves, what it can follow, its first steps' size, its learning rate."""
     from .train.diagnose import DiagnosisOptions, diagnose_recipe
-    from .train.run import Recipe
+    from .train.recipe import Recipe
 
     fields = {field.name for field in dataclasses.fields(DiagnosisOptions)}
     as_json = options.pop("json_output")
@@ -190,7 +191,7 @@ def diagnose(**options: Any) -> None:
 
 def evaluate(**options: Any) -> None:
     """Score a base model, with or without an adapter, on a task, or on mt-bench, alpaca-eval or gsm8k."""
-    from .train.run import evaluate as run
+    from .train.evaluate import evaluate as run
 
     print(json.dumps(run(**options), indent=2))
 
@@ -290,7 +291,7 @@ def export(source: str, output: str, rank: int | None = None, merge: bool = Fals
     if merge and rank is not None:
         raise LoraInitError("rank and merge exclude each other: a merged model has no rank")
     if merge:
-        from .train.run import merge_folder
+        from .train.merge import merge_folder
 
         merge_folder(source, output, model)
     else:
@@ -313,7 +314,7 @@ def _add_methods(parser: Any) -> None:
 
 
 def _add_init(parser: Any) -> None:
-    from .train.run import Recipe
+    from .train.recipe import Recipe
 
     parser.add_argument("--config", action="config", help="recipe: a YAML file; later options override it")
     # the training's part of a recipe is read too, so that one file serves `init` and `train`
@@ -322,7 +323,7 @@ def _add_init(parser: Any) -> None:
 
 
 def _add_train(parser: Any) -> None:
-    from .train.run import Recipe
+    from .train.recipe import Recipe
 
     parser.add_argument("--config", action="config", help="recipe: a YAML file; later options override it")
     parser.add_class_arguments(Recipe, as_group=False, skip={"resume"})
@@ -355,7 +356,7 @@ def _add_table(parser: Any) -> None:
 
 def _add_diagnose(parser: Any) -> None:
     from .train.diagnose import DiagnosisOptions
-    from .train.run import Recipe
+    from .train.recipe import Recipe
 
     parser.add_argument("--config", action="config", help="recipe: a YAML file; later options override it")
     parser.add_class_arguments(Recipe, as_group=False, skip={"resume"})
@@ -364,7 +365,7 @@ def _add_diagnose(parser: Any) -> None:
 
 
 def _add_evaluate(parser: Any) -> None:
-    from .train.run import evaluate as run
+    from .train.evaluate import evaluate as run
 
     parser.add_argument("--config", action="config", help="YAML file with these options")
     parser.add_function_arguments(run, as_group=False)

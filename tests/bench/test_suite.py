@@ -234,7 +234,7 @@ def test_a_path_below_the_root_needs_one() -> None:
 def test_the_command_repeats_the_recipe(matched) -> None:
     import shlex
 
-    from lorainit.train.run import Recipe
+    from lorainit.train.recipe import Recipe
 
     entry = MethodEntry("exact", method="pissa", options={"exact": True}, lora={"use_rslora": True})
     recipe = cells(SUITE)[0].recipe(entry, Point(0.002, 1, matched=matched))

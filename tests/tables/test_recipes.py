@@ -9,7 +9,7 @@ from lorainit.errors import LoraInitError
 from lorainit.tables.file import read_table
 from lorainit.tables.recipes import write_recipes
 from lorainit.tables.table import Run, build
-from lorainit.train.run import Recipe
+from lorainit.train.recipe import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TABLES = sorted((RECIPES / "tables").glob("*.yaml"))

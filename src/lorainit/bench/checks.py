@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from ..errors import LoraInitError
 from ..methods import get_method, import_modules
 from ..tasks import Task, get_task
-from ..train.run import resolve_model
+from ..train.model import resolve_model
 from .search import Point
 from .suite import Search, Suite, TaskEntry, read
 from .trial import cells, located, located_data

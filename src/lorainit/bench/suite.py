@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..errors import LoraInitError
 from ..tasks import DataOptions
 from ..train.diagnose import DiagnosisOptions
-from ..train.run import Calibration
+from ..train.recipe import Calibration
 
 VANILLA = "kaiming"
 

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import LoraInitError
 from ..tasks import DataOptions
 from ..train.diagnose import DiagnosisOptions
-from ..train.run import LORA_DEFAULTS, TRAIN_DEFAULTS, Recipe
+from ..train.recipe import LORA_DEFAULTS, TRAIN_DEFAULTS, Recipe
 from .results import Status
 from .search import Point
 from .suite import Forgetting, MethodEntry, ModelEntry, Search, Suite, TaskEntry

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NonFiniteError
 from ..machine import provenance
 from ..train.diagnose import diagnose_recipe
-from ..train.run import evaluate, train
+from ..train.evaluate import evaluate
+from ..train.run import train
 from .suite import Forgetting
 from .trial import Trial, located, located_data
 

@@ -32,7 +32,8 @@ from ..statistics.watch import Watch
 from . import tangent
 from .agreement import Agreement, Signs, activated_layers, watched
 from .curvature import AdapterLoss
-from .diagnosis import Diagnosis, LayerDiagnosis
+from .diagnosis import Diagnosis
+from .layer import LayerDiagnosis
 from .resampling import Sketches, interval, resamples
 from .tangent import Tangent
 

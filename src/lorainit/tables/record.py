@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraInitError
-from ..train.run import Recipe
+from ..train.recipe import Recipe
 from .place import SCRATCH, Place, has_diverged, read_result
 from .table import DRIFT, TEACHER, Run, Table, build
 

@@ -39,7 +39,7 @@ from typing import Any
 from ..errors import LoraInitError
 from ..start.budget import RankRule
 from ..tasks import DataOptions
-from ..train.run import Calibration, Recipe
+from ..train.recipe import Calibration, Recipe
 from .controls import CONTROLS
 
 TEACHER, DRIFT = "teacher:", "drift:"

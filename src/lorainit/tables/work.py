@@ -12,7 +12,8 @@ from typing import Any
 
 from ..errors import LoraInitError, NonFiniteError
 from ..machine.lock import taken
-from ..train.run import Recipe, train
+from ..train.recipe import Recipe
+from ..train.run import train
 from .evaluations import answering, evaluate
 from .measured import Measured
 from .place import SCRATCH, Place, has_diverged, read_result
