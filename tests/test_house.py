@@ -13,7 +13,7 @@ import lorainit
 SRC = Path(lorainit.__file__).parent
 # from the ground up: a room imports only from floors below its own; rooms on one floor do not know each other
 FLOORS = (
-    ("errors", "version", "_typing"),
+    ("errors", "version", "_typing", "catalog"),
     ("report", "numerics", "machine"),
     ("adapter", "tasks"),
     ("saving", "statistics", "offset"),

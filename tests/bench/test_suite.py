@@ -13,7 +13,8 @@ from lorainit.bench.checks import check_folders
 from lorainit.bench.search import Point
 from lorainit.bench.suite import CONTROLS, MethodEntry, Search, read
 from lorainit.bench.trial import cells, command, located, trial
-from lorainit.cli import _parse, main, train
+from lorainit.cli import _parse, main
+from lorainit.cli.train import train
 from tiny_suite import SUITE
 
 BASE = """

@@ -33,8 +33,10 @@ from ..errors import LoraInitError, UnsupportedLayerError
 from ..statistics import LayerStatistics, Request
 from ..statistics.batches import iterate, summed_loss
 from .method import Fit, Method, MethodInfo, Product, TrainedMethod, start_layer
+from .registry import get_method, register
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class ABMLoRA(Options, TrainedMethod):
     """A short training that matches a teacher's activation boundaries; the options are those of `Options`.
@@ -64,8 +66,6 @@ class ABMLoRA(Options, TrainedMethod):
     @property
     def origin_method(self) -> Method | None:
         """The method from whose start the training sets out; None for the adapter as it is."""
-        from .registry import get_method
-
         if self.origin == "keep":
             return None
         if isinstance(self.origin, Mapping):

@@ -19,6 +19,7 @@ from ..numerics.linalg import require_rank, squared_singular_values
 from ..statistics.layer import LayerStatistics
 from .method import Method, MethodInfo, require_rank_at_most_min
 from .parts.activations import decompose, keep_alive, leading, mean_of, projection, rounding
+from .registry import register
 
 
 def column_weights(
@@ -91,6 +92,7 @@ def _weighted(weight: Tensor, magnitudes: Tensor, exponent: float, floor: float)
     return weight * column_weights(magnitudes, exponent=exponent, floor=floor)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class AGLoRA(Method):
     """Reconstruction: the leading triplets of W with its columns weighted by the magnitude of their inputs.

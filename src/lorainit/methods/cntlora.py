@@ -35,6 +35,7 @@ from .parts.sketching import (
     require_sketch_option,
     warn_if_missed,
 )
+from .registry import register
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -201,6 +202,7 @@ def _guarded(start: Factors, weight: Tensor, energy: Energy, scaling: float, dri
     return Factors(*(math.sqrt(gain) * factor for factor in start))
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class CNTLoRA(Method):
     """Reconstruction: a closed-form step that undoes a shift of the layer's inputs, cut to the rank.

@@ -22,6 +22,7 @@ from ..numerics.linalg import (
 from ..statistics.layer import LayerStatistics
 from .method import Method, MethodInfo, require_choice, require_rank_at_most_min
 from .parts.activations import decompose, keep_alive, leading, mean_of, projection, rounding
+from .registry import register
 
 _PASSES = 8  # of a randomized SVD over its matrix
 
@@ -114,6 +115,7 @@ def energies(
     return squared_singular_values(context(weight, input_second_moment, damping=damping))
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class CorDA(Method):
     """Principal (or minor) part of W in the metric of its inputs; the rest of W is what stays frozen.

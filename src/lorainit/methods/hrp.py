@@ -35,6 +35,7 @@ from ..statistics.batches import iterate, summed_loss
 from ..statistics.collect import base_only
 from . import kaiming
 from .method import Fit, MethodInfo, TrainedMethod, require_rank_at_most_min
+from .registry import register
 
 
 def factors(A: Float[Tensor, "h in"], B: Float[Tensor, "out h"], rank: int) -> Factors:
@@ -62,6 +63,7 @@ def factors(A: Float[Tensor, "h in"], B: Float[Tensor, "out h"], rank: int) -> F
     return Factors(svd.Vh / math.sqrt(3), svd.Vh.new_zeros(B.shape[0], rank))
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class HRP(TrainedMethod):
     """Reconstruction: the row space that a short training at a higher rank ends with; B = 0.

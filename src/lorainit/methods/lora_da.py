@@ -33,6 +33,7 @@ from .method import Method, MethodInfo, require_choice, require_rank_at_most_min
 from .parts.gradient import collected, naming, require_signal
 from .parts.guidance import Factorize, Guidance, curvature, held_out_damping
 from .parts.lora_da import Mode, Options, Solution
+from .registry import register
 
 _DOUBLE_UP_TO = 2048  # inputs; wider ones are solved in float32 where that is safe
 
@@ -238,6 +239,7 @@ def _scaled(A: Tensor, B: Tensor, options: Options, dtype: torch.dtype) -> Facto
     return Factors((A / root).to(dtype).contiguous(), (B / root).to(dtype).contiguous())
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class LoRADA(Options, Method):
     """Eigenvectors that trade the displacement that the data ask for against the variance of fitting it.

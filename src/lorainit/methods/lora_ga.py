@@ -27,6 +27,7 @@ from .method import Method, MethodInfo, require_choice
 from .parts.activations import rounding
 from .parts.gradient import collected, gradient_energies, leading_triplets, naming
 from .parts.sketching import SketchChoice, chosen_sketch, require_sketch_option, triplets_of_sketch
+from .registry import register
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["stable", "gd", "unit", "weightS"]
@@ -147,6 +148,7 @@ def _require_options(gamma: float, direction: Direction, scale: Scale, oversampl
     require_sketch(oversample, iterations)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class LoRAGA(Method):
     """Singular vectors of the gradient: A and B take disjoint halves of its 2r leading triplets.

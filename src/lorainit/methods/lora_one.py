@@ -25,6 +25,7 @@ from .method import Method, MethodInfo, require_rank_at_most_min
 from .parts.activations import keep_alive, leading, rounding
 from .parts.gradient import collected, gradient_energies, leading_triplets, naming
 from .parts.sketching import SketchChoice, chosen_sketch, require_sketch_option, triplets_of_sketch
+from .registry import register
 
 
 def factors(
@@ -74,6 +75,7 @@ def _require_positive_gamma(gamma: float) -> None:
         raise ValueError(f"gamma must be positive, got {gamma}")
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class LoRAOne(Method):
     """The best rank-r part of one gradient step, kept as the first step.
