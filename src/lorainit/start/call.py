@@ -19,7 +19,7 @@ from ..machine import sharding
 from ..machine.processes import Processes
 from ..methods import Method
 from ..methods.auto import Auto, Choice
-from ..statistics.place import Place
+from ..statistics.storage import Storage
 from .budget import RankRule, Rule, rank_rule
 
 
@@ -37,7 +37,7 @@ class Call:
     memory_budget: int | None
     ranks: Rule | RankRule
     micro_batch: int | None
-    place: Place
+    storage: Storage
     cache: str | os.PathLike[str] | None
     proxy_data: Iterable[Any] | None
     skip: Literal["error", "default"]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..adapter.rank import resize
 from ..adapter.sites import LoraSite
-from ..adapter.write import Undo, write_start
+from ..adapter.undo import Undo
+from ..adapter.write import write_start
 from ..errors import LoraInitError
 from ..machine.precision import own_precision
 from ..methods import Method
@@ -92,7 +93,7 @@ class Calibration:
         """Return the statistics of the data: from the cache, or collected group by group."""
         call = self._call
         options: dict[str, Any] = {"memory_budget": call.memory_budget, "micro_batch": call.micro_batch}
-        options |= {"place": call.place, "processes": call.processes, "progress": call.progress}
+        options |= {"storage": call.storage, "processes": call.processes, "progress": call.progress}
         if call.cache is None:
             data = () if self.batches is None else self.batches
             more = {"workspace": call.method.workspace, "remarks": self.remarks}
@@ -103,7 +104,7 @@ class Calibration:
     def _compared(self, sites: list[LoraSite], request: Request) -> dict[str, LayerStatistics]:
         """Return the statistics of the batches to compare the data with, if the method compares."""
         call = self._call
-        options: dict[str, Any] = {"place": call.place, "processes": call.processes, "progress": call.progress}
+        options: dict[str, Any] = {"storage": call.storage, "processes": call.processes, "progress": call.progress}
         if call.proxy_data is None:
             return {}
         if call.method.comparison == "pairs" and self.batches is not None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..adapter import scaling
 from ..adapter.quantized import unpacked
-from ..adapter.write import Undo, all_or_nothing
+from ..adapter.undo import Undo, all_or_nothing
 from ..machine.cost import measure
 from ..machine.memory import parse_bytes
 from ..machine.precision import uncompiled
@@ -21,7 +21,7 @@ from ..machine.processes import Group, Processes, unwrapped
 from ..methods import Method, get_method
 from ..numerics.seeds import layer_generator
 from ..report import InitReport
-from ..statistics.place import Offload, Place
+from ..statistics.storage import Offload, Storage
 from .budget import RankRule, Rule
 from .call import Call, as_integer, choose
 from .checks import ordinary_tensors
@@ -136,7 +136,7 @@ def initialize(
             memory_budget=parse_bytes(memory_budget),
             ranks=ranks,
             micro_batch=micro_batch,
-            place=Place.of(offload),
+            storage=Storage.of(offload),
             cache=cache,
             proxy_data=proxy_data,
             skip=on_unsupported,

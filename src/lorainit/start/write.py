@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 
 from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
-from ..adapter.write import Base, Undo, write_factors, write_start
+from ..adapter.undo import Undo
+from ..adapter.write import Base, write_factors, write_start
 from ..errors import UnsupportedLayerError
 from ..machine.precision import own_precision
 from ..report import LayerReport

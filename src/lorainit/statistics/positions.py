@@ -1,4 +1,4 @@
-"""A layer's inputs and output gradients as rows, one a position, and which of them count."""
+"""Turns a layer's inputs and output gradients into rows, one a position, and selects those that count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .layout import Layout
 
 Side = Literal["input", "decoder", "encoder"]
 _DECODERS = ("decoder", "text_decoder")
-_HEADS = ("lm_head", "proj_out")  # an encoder-decoder's: they score what its decoder has read
+_HEADS = ("lm_head", "proj_out")  # of an encoder-decoder: their positions are the decoder's
 _CROSS = ("encdecattention", "encoder_attn", "encoder_decoder_attention", "crossattention", "cross_attn")
 _KEYS_AND_VALUES = ("k", "v", "k_proj", "v_proj", "key", "value", "key_proj", "value_proj", "c_attn")
 
@@ -24,7 +24,7 @@ def input_positions(site: LoraSite, x: Tensor) -> Tensor:
     if site.kind != "conv":
         return x.reshape(-1, x.shape[-1])
     base: Any = site.base_layer
-    padding = base._reversed_padding_repeated_twice  # also what padding="same" comes down to
+    padding = base._reversed_padding_repeated_twice  # padding="same" included
     x = F.pad(x, padding)
     for axis, (size, stride) in enumerate(zip(base.kernel_size, base.stride, strict=True)):
         x = x.unfold(2 + axis, size, stride)  # (rows, channels, *positions, *kernel)
@@ -34,7 +34,7 @@ def input_positions(site: LoraSite, x: Tensor) -> Tensor:
 
 
 def geometry(site: LoraSite) -> tuple[Any, ...]:
-    """Return what, beside the tensor, makes a layer's input positions: two layers alike in it may share sums."""
+    """Return kernel, stride and padding, or the width: layers with equal ones and the same input tensor share sums."""
     base: Any = site.base_layer
     if site.kind != "conv":
         return (site.in_features,)
@@ -48,10 +48,10 @@ def output_positions(site: LoraSite, gradient: Tensor) -> Tensor:
     return gradient.movedim(1, -1).reshape(-1, site.out_features)
 
 
-def counted(
+def select_counted(
     site: LoraSite, rows: Tensor, tensor: Tensor, masks: Mapping[str, Tensor], layout: Layout | None = None
 ) -> Tensor:
-    """Return the rows (positions × features) of a tensor that are no padding.
+    """Return the rows (positions × features) of a tensor whose positions count: no padding, or scored ones.
 
     Args:
         site: the layer.
@@ -96,7 +96,7 @@ def _order_in(tensor: Tensor, mask: Tensor) -> Layout:
 
 
 def side(name: str) -> Side:
-    """Return what a layer reads: a decoder's positions, an encoder's output as cross-attention does, or the input.
+    """Return which positions a layer reads: the decoder's, the encoder's output (cross-attention), or the input's.
 
     In a model with one side only a decoder's positions are the input.
     """

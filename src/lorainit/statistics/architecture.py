@@ -1,4 +1,4 @@
-"""How a model reads a batch: as one sequence or as an encoder's and a decoder's, and whether it shifts the labels."""
+"""Recognizes models that read a batch in their own way: encoder-decoders, and those that shift the labels."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _UNSHIFTED = {f"{name}ForCausalLM" for name in _UNSHIFTED_DECODERS}
 _UNSHIFTED |= {"FlaubertWithLMHeadModel", "XLMWithLMHeadModel", "XLNetLMHeadModel"}
 
 
-def is_two_sided(model: nn.Module) -> bool:
-    """Say whether a model is an encoder-decoder, whose decoder reads other positions than its encoder."""
-    return any(_is_two_sided(written) for written in _as_written(model))
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Say whether a model is an encoder-decoder: the decoder's positions are not the encoder's."""
+    return any(_is_encoder_decoder(part) for part in _transformers_models(model))
 
 
-def predicts_next_token(model: nn.Module) -> bool:
+def shifts_labels(model: nn.Module) -> bool:
     """Say whether labels are shifted inside the model: the logits of a position score the next one."""
-    names = [type(written).__name__ for written in _as_written(model) if not _is_two_sided(written)]
+    names = [type(part).__name__ for part in _transformers_models(model) if not _is_encoder_decoder(part)]
     return any(name not in _UNSHIFTED and any(part in name for part in _LANGUAGE_MODELS) for name in names)
 
 
-def _is_two_sided(written: nn.Module) -> bool:
-    return bool(getattr(getattr(written, "config", None), "is_encoder_decoder", False))
+def _is_encoder_decoder(part: nn.Module) -> bool:
+    return bool(getattr(getattr(part, "config", None), "is_encoder_decoder", False))
 
 
-def _as_written(model: nn.Module) -> list[nn.Module]:
-    """Return the Transformers models that PEFT, torch.compile, DDP or a module of one's own wraps, as they are.
+def _transformers_models(model: nn.Module) -> list[nn.Module]:
+    """Return the Transformers models inside wrappers such as PEFT, torch.compile, DDP or a module of the user's.
 
-    Where there is none it is the model itself, out of PEFT and torch.compile.
+    Where there is none: the model itself, without PEFT and torch.compile.
     """
     if found := list(_outermost(model)):
         return found

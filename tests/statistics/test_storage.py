@@ -15,7 +15,7 @@ import cases
 from cases import LLAMA
 from lorainit import LoraInitError, find_sites
 from lorainit.statistics import Request, collect
-from lorainit.statistics.place import Place
+from lorainit.statistics.storage import Storage
 
 STREAMS = ("input_second_moment", "input_sum", "output_gradient_second_moment", "weight_gradient")
 
@@ -32,7 +32,8 @@ def test_sums_in_files_are_the_same_bit_for_bit_and_their_files_go_with_them(tmp
     request = Request(frozenset(STREAMS), dtype=torch.float64)
     data = LLAMA.batches(torch.float64) * 3
     expected, found = (
-        collect(model, sites, data, request, place=place, progress=False) for place in (Place(), Place.of(tmp_path))
+        collect(model, sites, data, request, storage=storage, progress=False)
+        for storage in (Storage(), Storage.of(tmp_path))
     )
     large = 0
     for name, sums in expected.items():
@@ -78,7 +79,7 @@ def test_a_folder_that_fills_up_is_an_error_and_the_model_is_as_it_was(tmp_path,
     before = cases.Snapshot.of(model)
     request = Request(frozenset(STREAMS), dtype=torch.float64)
     with pytest.raises(LoraInitError, match=r"a sum of 4,608 bytes cannot be kept there .*No space left"):
-        collect(model, find_sites(model)[0], LLAMA.batches(), request, place=Place.of(tmp_path), progress=False)
+        collect(model, find_sites(model)[0], LLAMA.batches(), request, storage=Storage.of(tmp_path), progress=False)
     before.assert_unchanged(model)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Where sums live while they are collected and solved: where they are computed, in CPU memory, or in files."""
+"""Keeps sums on the device where they are computed, in CPU memory, or in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Offload = bool | str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where sums live.
+class Storage:
+    """Where sums are kept while they are collected and solved.
 
-    In a folder each sum of a page or more is a memory-mapped file. The file has no name any more once it is mapped: it
-    is gone with the sum, or with the process, however that ends.
+    In a folder each sum of a page or more is a memory-mapped file. The file is unlinked once it is mapped: it goes with
+    the sum, or with the process, however that ends.
 
     Attributes:
         device: of the sums; None: where they are computed.
@@ -34,8 +34,8 @@ class Place:
     folder: Path | None = None
 
     @classmethod
-    def of(cls, offload: Offload) -> Place:
-        """Return the place that the argument ``offload`` of `lorainit.initialize` means.
+    def of(cls, offload: Offload) -> Storage:
+        """Return the storage for the argument ``offload`` of `lorainit.initialize`.
 
         Raises:
             LoraInitError: neither True, False nor a folder that can be written to.
@@ -51,13 +51,13 @@ class Place:
         return cls(torch.device("cpu"), folder)
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a sum of nothing; ``device``: where it is computed."""
+        """Return a sum that is still zero; ``device``: where it is computed."""
         if self._is_filed(prod(shape) * dtype.itemsize):
             return _mapped(self.folder, shape, dtype)
         return torch.zeros(shape, dtype=dtype, device=self.device or device)
 
     def keep(self, value: Tensor) -> Tensor:
-        """Return a value where it can be added to: the value itself, if that is here."""
+        """Return a value in this storage; the value itself if it lies there already."""
         if self._is_filed(value.nbytes):
             return _mapped(self.folder, value.shape, value.dtype).copy_(value)
         return value.to(self.device or value.device)
@@ -66,21 +66,21 @@ class Place:
         return self.folder is not None and size >= mmap.PAGESIZE
 
 
-COMPUTED = Place()
+ON_DEVICE = Storage()
 
 
 def _mapped(folder: Path | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return zeros that lie in a file of a folder.
+    """Return zeros in a memory-mapped file of a folder.
 
     Raises:
-        LoraInitError: the folder cannot be written to, or has not the space.
+        LoraInitError: the folder cannot be written to, or has too little space.
     """
     size = prod(shape) * dtype.itemsize
     try:
         descriptor, name = tempfile.mkstemp(prefix="lorainit-", suffix=".scratch", dir=folder)
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, size)  # a full disk is an error here, and a signal later
+                os.posix_fallocate(descriptor, 0, size)  # a full disk raises here; later it would be a signal
             else:
                 os.ftruncate(descriptor, size)
             return torch.from_file(name, shared=True, size=prod(shape), dtype=dtype).view(*shape)
