@@ -22,6 +22,7 @@ FLOORS = (
     ("diagnostics",),
     ("start",),
     ("train",),
+    ("grids",),
     ("evaluation", "bench"),
     ("tables",),
     ("lorainit",),  # the package's own names: lorainit.initialize, lorainit.PiSSA, ...

@@ -9,9 +9,9 @@ import pytest
 
 from lorainit import LoraInitError
 from lorainit.bench import load
-from lorainit.bench.checks import check_folders
 from lorainit.bench.search import Point
 from lorainit.bench.suite import CONTROLS, MethodEntry, Search, read
+from lorainit.bench.suite_checks import check_folders
 from lorainit.bench.trial import cells, command, located, trial
 from lorainit.cli import _parse, main
 from lorainit.cli.train import train
@@ -199,10 +199,10 @@ def test_the_final_seeds_are_compared_unless_the_search_says_which(given, expect
 
 
 def test_a_suite_survives_the_folder_of_results(tmp_path) -> None:
-    from lorainit.bench.results import write_json
-    from lorainit.bench.run import description
+    from lorainit.bench.run_suite import description
+    from lorainit.grids.result_files import write_record
 
-    write_json(tmp_path / "suite.json", description(SUITE))
+    write_record(tmp_path / "suite.json", description(SUITE))
     assert read(tmp_path / "suite.json") == SUITE
 
 

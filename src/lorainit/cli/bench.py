@@ -24,12 +24,12 @@ def bench(
         retry_failed: run failed trials again.
     """
     from ..bench import load
-    from ..bench.run import bench as run
+    from ..bench.run_suite import run_suite
 
     chosen = load(suite)
     folder = output or f"results/{chosen.name}"
     options: Any = {"root": root, "address": address, "retry_failed": retry_failed}
-    done = run(chosen, folder, tell=lambda line: print(line, flush=True), **options)
+    done = run_suite(chosen, folder, tell=lambda line: print(line, flush=True), **options)
     told = ", ".join(f"{count} {status}" for status, count in sorted(done.carried_out.items())) or "nothing to do"
     print(f"{told} in {done.seconds:.0f} s; {done.found} results were there; `lorainit report {folder}` shows them")
 
@@ -48,7 +48,7 @@ def report(results: str, output: str | None = None, suite: str | None = None) ->
         output: folder for the page and the tables; default: the folder of results.
         suite: YAML file of the suite to report, where several share the folder; default: the one that was run last.
     """
-    from ..bench.report import write_report
+    from ..bench.suite_report import write_report
 
     print("\n".join(f"wrote {file}" for file in write_report(results, output or results, suite)))
 

@@ -43,18 +43,18 @@ def table(
     """
     from pathlib import Path
 
-    from ..tables.file import read_table
+    from ..tables.folders import TableFolders
     from ..tables.measured import Measured
-    from ..tables.page import page
-    from ..tables.place import Place
-    from ..tables.recipes import write_recipes
-    from ..tables.record import discard_changed
-    from ..tables.work import work
+    from ..tables.recipe_files import write_recipes
+    from ..tables.run_table import run_table
+    from ..tables.table_file import read_table
+    from ..tables.table_page import table_page
+    from ..tables.table_records import discard_changed
 
     if show + redo + (write_recipe is not None) > 1:
         raise LoraInitError("show, redo and write-recipe exclude each other")
     chosen = read_table(file, scale).selected(row, column, seeds, rates)
-    place = Place(Path(results), Path(scratch), data)
+    folders = TableFolders(Path(results), Path(scratch), data)
     if write_recipe is not None:
         files, left = write_recipes(chosen, Path(write_recipe), data)
         for path in files:
@@ -65,12 +65,12 @@ def table(
     if not show:
         chosen.check_data(data)  # before anything is removed or run
     if redo:
-        for path in discard_changed(chosen, place):
+        for path in discard_changed(chosen, folders):
             print(f"removed {path}, made from another recipe")
     if not show:
-        work(chosen, place)
-    print(page(chosen, place))
-    left = Measured(chosen, place).hours()
+        run_table(chosen, folders)
+    print(table_page(chosen, folders))
+    left = Measured(chosen, folders).hours()
     if left:
         print(f"missing: about {left:.1f} hours of one worker", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""``lorainit report``: one HTML page that needs no other file, and the same tables as Markdown and CSV."""
+"""``lorainit report``: writes one HTML page that needs no other file, and the same tables as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ import numpy as np
 
 from .. import methods
 from ..errors import LoraInitError
+from ..grids import markdown
 from ..version import __version__
 from . import figures, statistics
+from .cell_table import COMPARABLE, CellTable, Row, cell_tables
 from .results import Results
 from .statistics import Estimate
 from .suite import VANILLA, Comparison, Suite, read
-from .table import COMPARABLE, Row, Table, tables
 
 ALPHA = 0.05
-_COMMITS = 5  # that a page names
+_COMMITS = 5  # that are named
 _KINDS: dict[Comparison, str] = {
     "vanilla": "at vanilla's rate",
     "suggested": "at suggested rate",
@@ -37,21 +38,21 @@ def write_report(results: str | Path, output: str | Path, suite_file: str | Path
     """Write ``index.html``, ``report.md`` and ``report.csv`` and return their paths.
 
     Args:
-        results: folder of results; several suites may have put theirs there.
+        results: folder of results, which several suites may share.
         output: folder to write to.
         suite_file: the suite to report; default: the one that was run last.
 
     Raises:
-        LoraInitError: no folder of results, no such suite, or nothing of it yet.
+        LoraInitError: no folder of results, no such suite, or no results of it yet.
     """
     folder = Path(results)
     if not (folder / "suite.json").is_file():
         raise LoraInitError(f"{folder} holds no results of `lorainit bench`: there is no suite.json")
     suite = read(suite_file or folder / "suite.json")
-    with contextlib.suppress(LoraInitError):  # only the papers of third parties' methods would be known by it
+    with contextlib.suppress(LoraInitError):  # without them only the papers of third parties' methods are missing
         methods.import_modules(suite.imports)
     with contextlib.closing(Results(folder)) as found:
-        known = tables(suite, found)
+        known = cell_tables(suite, found)
         counts = {}
         for summary in found.summaries.values():
             counts[summary.status] = counts.get(summary.status, 0) + 1
@@ -60,22 +61,22 @@ def write_report(results: str | Path, output: str | Path, suite_file: str | Path
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     texts = {
-        "index.html": page(suite, known, counts),
-        "report.md": markdown(suite, known),
-        "report.csv": table_csv(known),
+        "index.html": _html(suite, known, counts),
+        "report.md": _markdown(suite, known),
+        "report.csv": _csv(known),
     }
     for name, text in texts.items():
         (target / name).write_text(text, encoding="utf-8")
     return [target / name for name in texts]
 
 
-def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
-    """Return the page."""
+def _html(suite: Suite, known: list[CellTable], counts: dict[str, int]) -> str:
+    """Return the HTML page."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("page.html.j2").read_text())
+    template = environment.from_string(Path(__file__).with_name("suite_report.html.j2").read_text())
     drawn = [
         {
             "rates": [(label, Markup(svg)) for label, svg in figures.rate_panels(table)],
@@ -89,23 +90,23 @@ def page(suite: Suite, known: list[Table], counts: dict[str, int]) -> str:
         counts=counts,
         version=__version__,
         tables=[(table, _columns(table), _cells(table), shown) for table, shown in zip(known, drawn, strict=True)],
-        overview=overview(suite, known),
-        kinds=[_KINDS[kind] for kind in compared_kinds(suite, known)],
+        overview=_overview(suite, known),
+        kinds=[_KINDS[kind] for kind in _compared_kinds(suite, known)],
         titles=[table.title for table in known],
         papers=_papers(suite),
         layers=_layers,
-        provenance=provenance(known),
+        provenance=_provenance(known),
         missing=sum(row.missing for table in known for row in table.rows),
         errors=[(key, error) for table in known for row in table.rows for key, error in row.errors.items()],
-        number=number,
-        no_times=no_times,
+        number=_number,
+        no_times=_no_times,
         zip=zip,
     )
 
 
-def overview(suite: Suite, known: list[Table]) -> list[dict[str, Any]]:
-    """Return a line a method: the relative change of its loss over all cells, and the change in each."""
-    lines, kinds = [], compared_kinds(suite, known)
+def _overview(suite: Suite, known: list[CellTable]) -> list[dict[str, Any]]:
+    """Return a line for each method: the relative change of its loss over all cells, and its change in each cell."""
+    lines, kinds = [], _compared_kinds(suite, known)
     places = [(table.cell.model.label, table.cell.task.task, table.cell.task.name) for table in known]
     for label in (entry.label for entry in suite.entries()):
         rows = [next(row for row in table.rows if row.label == label) for table in known]
@@ -127,15 +128,15 @@ def overview(suite: Suite, known: list[Table]) -> list[dict[str, Any]]:
     return lines
 
 
-def compared_kinds(suite: Suite, known: list[Table]) -> list[Comparison]:
-    """Return the suite's kinds of comparison that there is anything of."""
+def _compared_kinds(suite: Suite, known: list[CellTable]) -> list[Comparison]:
+    """Return the suite's kinds of comparison that have results."""
     return [kind for kind in suite.compare if any(kind in row.compared for table in known for row in table.rows)]
 
 
 def _relative(found: Sequence[Estimate | None], bases: list[float], places: list[Any]) -> str:
     """Return the mean over models and tasks of changes relative to vanilla's loss; ranks are averaged first.
 
-    A task with runs that failed, of the start or of vanilla, or that are missing, does not count.
+    A task does not count if a run of the start or of vanilla failed there or is missing.
     """
     shares: dict[Any, list[float]] = {}
     for place, each, base in zip(places, found, bases, strict=True):
@@ -148,8 +149,8 @@ def _relative(found: Sequence[Estimate | None], bases: list[float], places: list
     return _percent(statistics.estimate(known)) + part
 
 
-def provenance(known: list[Table]) -> str:
-    """Return in one sentence what the runs were made with: every version and machine that occurs, the main commits."""
+def _provenance(known: list[CellTable]) -> str:
+    """Return a sentence about what the runs were made with: all versions and machines, the most frequent commits."""
     records = [record for table in known for record in table.provenance]
     if not records:
         return ""
@@ -173,29 +174,35 @@ def provenance(known: list[Table]) -> str:
     return f"{made}; runs by commit of lorainit: {shares}; {dirty} of {len(records)} with uncommitted changes"
 
 
-def markdown(suite: Suite, known: list[Table]) -> str:
+def _markdown(suite: Suite, known: list[CellTable]) -> str:
     """Return the tables as Markdown."""
-    lines = [f"# {suite.name}", "", HOW_TO_READ, ""]
-    found = overview(suite, known)
-    head = ["start", "tuned", *(_KINDS[kind] for kind in compared_kinds(suite, known)), "better / worse", "start takes"]
-    lines += ["## Over all tasks: change of the evaluation loss, beside tuned vanilla's", "", *_pipes(head)]
-    lines += [_pipe([line["label"], *line["all"], line["verdict"], line["start"]]) for line in found]
-    lines += ["", "## By task, at the tuned rate", "", *_pipes(["start", *(table.title for table in known)])]
-    lines += [_pipe([line["label"], *(cell["text"] for cell in line["cells"])]) for line in found]
+    lines = [f"# {suite.name}", "", _HOW_TO_READ, ""]
+    found = _overview(suite, known)
+    head = [
+        "start",
+        "tuned",
+        *(_KINDS[kind] for kind in _compared_kinds(suite, known)),
+        "better / worse",
+        "start takes",
+    ]
+    lines += ["## Over all tasks: change of the evaluation loss, beside tuned vanilla's", "", *markdown.head(head)]
+    lines += [markdown.line([line["label"], *line["all"], line["verdict"], line["start"]]) for line in found]
+    lines += ["", "## By task, at the tuned rate", "", *markdown.head(["start", *(table.title for table in known)])]
+    lines += [markdown.line([line["label"], *(cell["text"] for cell in line["cells"])]) for line in found]
     for table in known:
-        lines += ["", f"## {table.title}", "", *_pipes(_columns(table))]
-        lines += [_pipe(cells) for cells in _cells(table)]
-        if no_times(table):
-            lines += ["", no_times(table)]
-    lines += ["", "## Made with", "", provenance(known)]
+        lines += ["", f"## {table.title}", "", *markdown.head(_columns(table))]
+        lines += [markdown.line(cells) for cells in _cells(table)]
+        if _no_times(table):
+            lines += ["", _no_times(table)]
+    lines += ["", "## Made with", "", _provenance(known)]
     errors = [(key, error) for table in known for row in table.rows for key, error in row.errors.items()]
     if errors:
         lines += ["", "## Failed or diverged", "", *(f"- `{key}`: {error}" for key, error in errors)]
     return "\n".join(lines) + "\n"
 
 
-def table_csv(known: list[Table]) -> str:
-    """Return one line a cell and method with every number."""
+def _csv(known: list[CellTable]) -> str:
+    """Return every number as CSV, a line for each method in each cell."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     head: list[str] | None = None
@@ -209,35 +216,37 @@ def table_csv(known: list[Table]) -> str:
     return buffer.getvalue()
 
 
-def no_times(table: Table) -> str:
-    """Return why a table tells no time to vanilla, or nothing."""
+def _no_times(table: CellTable) -> str:
+    """Return why a table shows no time to vanilla; an empty text where it does."""
     if table.slowest <= COMPARABLE:
         return ""
     return (
         f"No time to vanilla: of the runs with the same adapters and steps the slowest took {table.slowest:.1f} times "
-        "as long as the fastest; such times tell more of the machine than of the starts."
+        "as long as the fastest; such times say more about the machine than about the starts."
     )
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def _number(value: float | None, digits: int = 3) -> str:
     """Return a number, or a dash for an unknown one."""
     return "–" if value is None or math.isnan(value) else f"{value:.{digits}g}"
 
 
-HOW_TO_READ = (
+_HOW_TO_READ = (
     "Loss: evaluation loss after training, mean over seeds with Student's 95 % interval. Δ: minus tuned vanilla's, "
     "paired by seed; negative is better. Each method runs at its own tuned rate; * marks a best rate at the edge of "
     "those tried. p: paired t-test, Holm-adjusted over the methods of the table; better and worse: p < 0.05. Rows: Δ "
-    "with the interval over test rows (bootstrap). At vanilla's rate, at the suggested one, with match_lr: Δ without a "
-    "search of the start's own, over the seeds that there are; without an interval it is one. Over all tasks: each "
-    "counts alike, with Student's interval over tasks; (n of N) where runs of the others failed or are missing. "
-    "To vanilla: steps, and seconds with the start's own, until the training loss is down at vanilla's final one, as a "
-    "share of vanilla's training. Early: mean training loss over the first quarter."
+    "with the interval over test rows (bootstrap). At vanilla's rate, at the suggested rate, with match_lr: Δ without "
+    "a search for the start's own rate, over the seeds that have run; a value without an interval is of one seed. Over "
+    "all tasks: every task counts the same, with Student's interval over tasks; (n of N) where runs of the other tasks "
+    "failed or are missing. To vanilla: steps, and seconds including the start's own, until the training loss has "
+    "fallen to vanilla's final one, as a share of vanilla's training. Early: mean training loss over the first quarter "
+    "of the steps."
 )
 
 
-def _columns(table: Table) -> list[str]:
-    compare = [f"Δ {_KINDS[kind]}" for kind in compared_kinds(table.cell.suite, [table])]
+def _columns(table: CellTable) -> list[str]:
+    """Return the titles of a table's columns."""
+    compare = [f"Δ {_KINDS[kind]}" for kind in _compared_kinds(table.cell.suite, [table])]
     metric = [f"{table.metric}, %"] if table.metric else []
     rows = ["Δ, rows"] if any(row.rows for row in table.rows) else []
     forgetting = ["forgotten"] if any(row.forgetting.count for row in table.rows) else []
@@ -245,20 +254,21 @@ def _columns(table: Table) -> list[str]:
     return ["start", "rate", "seeds", "loss", *metric, "Δ loss", "p", *rows, *compare, *ends]
 
 
-def _cells(table: Table) -> list[list[str]]:
+def _cells(table: CellTable) -> list[list[str]]:
     return [_line(table, row) for row in table.rows]
 
 
-def _line(table: Table, row: Row) -> list[str]:
+def _line(table: CellTable, row: Row) -> list[str]:
+    """Return the cells of a row, in the order of the columns."""
     rate = "–" if row.tuned is None else f"{row.tuned:.2g}" + "*" * row.edge
     seeds = f"{row.loss.count} of {row.loss.count + row.broken}" if row.broken else str(row.loss.count)
     line = [row.label, rate, seeds, _interval(row.loss)]
     if table.metric:
         line.append(_interval(_hundredfold(row.metric), digits=1))
-    line += [_interval(row.difference, signed=True), number(row.p_holm, 2)]
+    line += [_interval(row.difference, signed=True), _number(row.p_holm, 2)]
     if any(each.rows for each in table.rows):
         line.append(_interval(row.rows, signed=True) if row.rows else "–")
-    kinds = compared_kinds(table.cell.suite, [table])
+    kinds = _compared_kinds(table.cell.suite, [table])
     line += [_interval(row.compared[kind], signed=True) if kind in row.compared else "–" for kind in kinds]
     never = row.steps_share is None and row.curve and table.control.curve
     line += ["never" if never else _share(share) for share in (row.steps_share, row.seconds_share)]
@@ -270,13 +280,14 @@ def _line(table: Table, row: Row) -> list[str]:
 
 
 def _verdict(row: Row) -> str:
-    """Say whether a difference to vanilla is more than chance."""
+    """Return whether a difference to vanilla is more than chance: better, worse or unclear."""
     if math.isnan(row.p_holm) or row.p_holm >= ALPHA:
         return "unclear"
     return "better" if row.difference.mean < 0 else "worse"
 
 
 def _change(row: Row) -> dict[str, str]:
+    """Return what the overview shows of a row: vanilla's loss, or the change of it and the verdict."""
     if row.label == VANILLA:
         return {"text": _interval(row.loss), "verdict": "control"}
     if not row.difference.count:
@@ -287,6 +298,7 @@ def _change(row: Row) -> dict[str, str]:
 
 
 def _interval(found: Estimate, *, signed: bool = False, digits: int = 3) -> str:
+    """Return a mean and half of its interval."""
     if math.isnan(found.mean):
         return "–"
     if math.isinf(found.mean):
@@ -312,21 +324,13 @@ def _seconds(value: float) -> str:
     return "–" if math.isnan(value) else f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
 
 
-def _pipes(head: list[str]) -> list[str]:
-    return [_pipe(head), "|---" * len(head) + "|"]
-
-
-def _pipe(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _papers(suite: Suite) -> list[tuple[str, str]]:
     known = {name: info.paper for info in methods.available() for name in (info.name, *info.aliases)}
     return [(entry.label, known.get(entry.name, "")) for entry in suite.entries()]
 
 
-def _layers(table: Table) -> tuple[list[str], list[list[str]], list[list[str]]]:
-    """Return the diagnosed methods, a line for all layers together, and the information loss layer by layer."""
+def _layers(table: CellTable) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """Return the labels of the diagnosed methods, a line of figures for each, and a line of losses for each layer."""
     found = [row for row in table.rows if row.diagnosis]
     sums = []
     for row in found:
@@ -346,7 +350,8 @@ def _layers(table: Table) -> tuple[list[str], list[list[str]], list[list[str]]]:
     return labels, sums, lines
 
 
-def _flat(table: Table, row: Row) -> dict[str, Any]:
+def _flat(table: CellTable, row: Row) -> dict[str, Any]:
+    """Return every number of a row, by the name of its column in the CSV file."""
     flat: dict[str, Any] = {"model": table.cell.model.label, "task": table.cell.task.name, "rank": table.cell.rank}
     flat |= {"method": row.label, "learning_rate": row.tuned, "edge": row.edge, "metric_name": table.metric}
     estimates = {"loss": row.loss, "metric": row.metric, "difference": row.difference}

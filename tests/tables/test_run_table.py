@@ -8,13 +8,13 @@ import yaml
 
 from lorainit.cli import main
 from lorainit.errors import LoraInitError, NonFiniteError
-from lorainit.tables import work as module
-from lorainit.tables.file import read_table
+from lorainit.tables import run_table as module
+from lorainit.tables.folders import TableFolders
 from lorainit.tables.measured import Measured
-from lorainit.tables.page import page
-from lorainit.tables.place import Place
+from lorainit.tables.run_table import carry_out, run_table
 from lorainit.tables.table import Run
-from lorainit.tables.work import carry_out, work
+from lorainit.tables.table_file import read_table
+from lorainit.tables.table_page import table_page
 from runs import save_images, save_tiny_vit
 
 
@@ -51,8 +51,8 @@ def table_file(tmp_path_factory):
 def done(table_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     table = read_table(table_file)
-    place = Place(folder / "results", folder / "scratch", str(table_file.parent))
-    work(table, place)
+    place = TableFolders(folder / "results", folder / "scratch", str(table_file.parent))
+    run_table(table, place)
     return table, place
 
 
@@ -81,13 +81,13 @@ def test_controls_start_where_they_say(done, table_file) -> None:
 def test_what_is_done_is_not_done_again(done) -> None:
     table, place = done
     before = {path: path.stat().st_mtime_ns for path in place.results.rglob("*.json")}
-    work(table, place)
+    run_table(table, place)
     assert {path: path.stat().st_mtime_ns for path in place.results.rglob("*.json")} == before
 
 
 def test_the_page_shows_the_best_rate_the_matched_one_and_what_was_published(done) -> None:
     table, place = done
-    text = page(table, place)
+    text = table_page(table, place)
     assert "8 of 8 runs" in text
     assert "*12.5*" in text
     assert "All rows at the rate that is best for LoRA" in text
@@ -108,7 +108,7 @@ def test_losses_are_better_when_lower_and_an_unknown_metric_is_refused(done) -> 
     best = Measured(dataclasses.replace(table, score="loss"), place).best("LoRA", "Digits")
     assert best == min(losses, key=losses.__getitem__)
     with pytest.raises(LoraInitError, match="column 'Digits' shows 'f1', but row 'LoRA' has only"):
-        page(dataclasses.replace(table, score="f1"), place)
+        table_page(dataclasses.replace(table, score="f1"), place)
 
 
 def test_a_column_may_have_a_score_of_its_own_and_the_page_names_it(done) -> None:
@@ -121,14 +121,14 @@ def test_a_column_may_have_a_score_of_its_own_and_the_page_names_it(done) -> Non
     }
     best = min(losses, key=losses.__getitem__)
     assert measured.best("LoRA", "Digits") == best
-    text = page(measured.table, place)
+    text = table_page(measured.table, place)
     assert "| row | Digits (loss) |" in text
     assert f"| LoRA | {losses[best]:.2f} [{best:g}*]<br>*12.5* |" in text
 
 
 def test_a_row_that_fails_says_which_it_is_and_leaves_no_result(table_file, tmp_path) -> None:
     table = read_table(table_file)
-    place = Place(tmp_path / "results", tmp_path / "scratch", str(tmp_path))  # no model there
+    place = TableFolders(tmp_path / "results", tmp_path / "scratch", str(tmp_path))  # no model there
     with pytest.raises(
         LoraInitError, match=r"table 'tiny-paper', row 'LoRA', column 'Digits': .*cannot be loaded|no file"
     ):
@@ -139,7 +139,7 @@ def test_a_row_that_fails_says_which_it_is_and_leaves_no_result(table_file, tmp_
 @pytest.mark.parametrize("data", [".", "data", "0", "data/", "/", ""])
 def test_folders_are_named_only_where_a_text_is_a_path_into_them(table_file, tmp_path, monkeypatch, data) -> None:
     table, run = read_table(table_file), Run("LoRA", "Digits", 0)
-    place = Place(tmp_path / "results", tmp_path / "scratch", data)
+    place = TableFolders(tmp_path / "results", tmp_path / "scratch", data)
     kept = {"data": 0.5, "text": "no data. 0", "near": f"{data.rstrip('/')}x", "none": "", "list": [1.0, None, True]}
     paths = {"file": f"{data.rstrip('/')}/vit", "output": str(place.folder(table, run))} if data else {}
     monkeypatch.setattr(module, "train", lambda recipe: kept | {"paths": [paths]})
@@ -183,9 +183,9 @@ def test_what_diverges_and_what_needs_it_is_done_and_shown_as_such(table_file, t
 
     monkeypatch.setattr(module, "train", train)
     table = read_table(table_file).selected(["LoRA", "Continued"])
-    place = Place(tmp_path / "results", tmp_path / "scratch", str(table_file.parent))
+    place = TableFolders(tmp_path / "results", tmp_path / "scratch", str(table_file.parent))
     table = dataclasses.replace(table, recipe=table.recipe | {"train": {"learning_rate": 1.0}})
-    work(table, place)
+    run_table(table, place)
     stored = json.loads(place.result(table, Run("Continued", "Digits", 0, 1e-3)).read_text())
     assert stored["status"] == "diverged"
     assert stored["message"] == "'teacher:LoRA' diverged: the loss is nan"
@@ -195,7 +195,7 @@ def test_what_diverges_and_what_needs_it_is_done_and_shown_as_such(table_file, t
     assert measured.hours() == 0
     assert stored["recipe"]["train"]["learning_rate"] == 1e-3
     assert stored["needs"]["teacher:LoRA"]["seed"] == 100
-    text = page(table, place)
+    text = table_page(table, place)
     assert "| LoRA | 50.00 [0.001*]<br>*12.5* |" in text
     assert "| Continued | diverged |" in text
     assert "| Continued | diverged [0.001*] |" in text
@@ -209,7 +209,7 @@ def test_a_result_that_was_cut_short_is_named(done, tmp_path) -> None:
     for text in ("", '{"metrics": {', "3"):
         file.write_text(text)
         with pytest.raises(LoraInitError, match="lora_0.001_0.json holds no result, delete it"):
-            page(table, place)
+            table_page(table, place)
 
 
 def test_the_command_prints_the_table(done, table_file, capsys) -> None:

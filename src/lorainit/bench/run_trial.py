@@ -1,4 +1,4 @@
-"""What a worker does with a trial: carry it out and return its record, whatever happens."""
+"""Carries out one trial in a worker and returns its record, also when it fails."""
 
 from __future__ import annotations
 
@@ -21,36 +21,38 @@ from .suite import Forgetting
 from .trial import Trial, located, located_data
 
 if TYPE_CHECKING:
-    from .asha import Judge
+    from .asha import Stopper
 
 
-def carry_out(trial: Trial, root: str | None, judge: Judge | None = None) -> dict[str, Any]:
-    """Return a trial's record: `lorainit train`'s result, or an error in its place; a wrong trial stops nothing.
+def carry_out(trial: Trial, root: str | None, stopper: Stopper | None = None) -> dict[str, Any]:
+    """Carry out a trial and return its record: the result of `lorainit train`, or the error in its place.
 
     Args:
-        trial: what to do.
-        root: what ``root:FOLDER`` lies below.
-        judge: may stop the training early.
+        trial: the trial.
+        root: the folder that ``root:FOLDER`` lies below.
+        stopper: may stop the training early.
     """
     record = trial.record("done")
     try:
         with tempfile.TemporaryDirectory() as scratch, _silence():
-            found = _diagnosed(trial, root, scratch) if trial.point.diagnosis else _trained(trial, root, scratch, judge)
+            found = (
+                _diagnosed(trial, root, scratch) if trial.point.diagnosis else _trained(trial, root, scratch, stopper)
+            )
         record |= found
     except NonFiniteError as error:
         record |= {"status": "diverged", "error": str(error)}
-    except Exception as error:  # the row says what went wrong; the other trials go on
-        said = f"{type(error).__name__}: {error}"
-        record |= {"status": "failed", "error": said, "traceback": traceback.format_exc(limit=-8)}
+    except Exception as error:  # its row says what went wrong; the other trials go on
+        message = f"{type(error).__name__}: {error}"
+        record |= {"status": "failed", "error": message, "traceback": traceback.format_exc(limit=-8)}
     return record if "provenance" in record else record | {"provenance": provenance.collect()}
 
 
-def _trained(trial: Trial, root: str | None, scratch: str, judge: Judge | None) -> dict[str, Any]:
-    """Train, measure what was forgotten."""
+def _trained(trial: Trial, root: str | None, scratch: str, stopper: Stopper | None) -> dict[str, Any]:
+    """Train, and measure what was forgotten."""
     recipe = dataclasses.replace(located(trial.recipe, root), output=scratch)
-    callback = judge.callback(trial) if judge is not None else None
+    callback = stopper.callback(trial) if stopper is not None else None
     result = train(recipe, callbacks=[callback] if callback is not None else [])
-    # one row a layer is in the diagnosis of the start
+    # the rows of the layers are in the diagnosis of the start
     result["init"] = {key: value for key, value in result["init"].items() if key != "layers"}
     if trial.forgetting is not None:
         result["forgetting"] = _forgotten(trial.forgetting, recipe.model, f"{scratch}/adapter", root)
@@ -74,7 +76,7 @@ def _base_loss(model: str, task: str, data: Any) -> float:
 
 
 def _diagnosed(trial: Trial, root: str | None, scratch: str) -> dict[str, Any]:
-    """Diagnose the start and find the rate that `suggest_lr` gives it, relative to vanilla's."""
+    """Diagnose the start; find the learning rate that `suggest_lr` gives it, relative to vanilla's."""
     assert trial.diagnosis is not None
     found, advice = diagnose_recipe(dataclasses.replace(located(trial.recipe, root), output=scratch), trial.diagnosis)
     assert advice is not None
@@ -82,15 +84,14 @@ def _diagnosed(trial: Trial, root: str | None, scratch: str) -> dict[str, Any]:
     # `suggest_lr` compares with vanilla at the layer's own scaling; Adam's first update is proportional to it
     scaling = lora["lora_alpha"] / (math.sqrt(lora["r"]) if lora.get("use_rslora") else lora["r"])
     ratio = advice.learning_rate * lora["lora_alpha"] / lora["r"] / scaling
-    told = {
-        k: v for k, v in advice.to_dict().items() if k in ("learning_rate", "magnitude_lr", "curvature_lr", "reasons")
-    }
-    return {"ratio": ratio, "diagnosis": found.to_dict(), "advice": told}
+    kept = ("learning_rate", "magnitude_lr", "curvature_lr", "reasons")
+    fields = {name: value for name, value in advice.to_dict().items() if name in kept}
+    return {"ratio": ratio, "diagnosis": found.to_dict(), "advice": fields}
 
 
 @contextlib.contextmanager
 def _silence() -> Any:
-    """Keep the libraries' progress off the console; Ray would gather it from every machine."""
+    """Keep the libraries' output off the console: Ray would collect it from every machine."""
     from datasets import disable_progress_bars
 
     disable_progress_bars()

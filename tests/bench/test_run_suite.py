@@ -21,13 +21,13 @@ import ray
 
 from lorainit import LoraInitError
 from lorainit.bench import Suite
-from lorainit.bench.report import write_report
 from lorainit.bench.results import Results
-from lorainit.bench.run import bench
+from lorainit.bench.run_suite import run_suite
+from lorainit.bench.run_trial import carry_out
 from lorainit.bench.search import Point
 from lorainit.bench.suite import MethodEntry, Resources, Search
+from lorainit.bench.suite_report import write_report
 from lorainit.bench.trial import cells, trial
-from lorainit.bench.work import carry_out
 from tiny_suite import SMALL, SUITE, save_root
 
 
@@ -48,7 +48,7 @@ def machine():
 def finished(machine, root, tmp_path_factory) -> Path:
     """The results of the tiny suite, undisturbed but for one method that always fails."""
     folder = tmp_path_factory.mktemp("finished")
-    done = bench(SUITE, folder, root=root)
+    done = run_suite(SUITE, folder, root=root)
     assert done.found == 0
     return folder
 
@@ -99,10 +99,10 @@ def test_rows_keep_their_order_when_batches_are_grouped_by_length(root) -> None:
 
 def test_a_second_call_finds_everything_done(finished, root) -> None:
     begin = time.perf_counter()
-    done = bench(SUITE, finished, root=root)
+    done = run_suite(SUITE, finished, root=root)
     assert done.carried_out == {}
     assert time.perf_counter() - begin < 5
-    again = bench(SUITE, finished, root=root, retry_failed=True)
+    again = run_suite(SUITE, finished, root=root, retry_failed=True)
     assert set(again.carried_out) == {"failed"}
 
 
@@ -115,9 +115,9 @@ def test_a_driver_that_is_interrupted_is_taken_up_where_it_was(machine, root, fi
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bench(SMALL, tmp_path, root=root, tell=tell)
+        run_suite(SMALL, tmp_path, root=root, tell=tell)
     assert len(Results(tmp_path).summaries) == 5
-    done = bench(SMALL, tmp_path, root=root)
+    done = run_suite(SMALL, tmp_path, root=root)
     assert done.found == 5
     whole, found = numbers(finished), numbers(tmp_path)
     assert len(found) == 5 + done.carried_out["done"] >= 12
@@ -129,14 +129,14 @@ def test_asha_stops_the_worse_rates_early(machine, root, tmp_path) -> None:
     search = Search("asha", exponents=[-12, -6, 0], widest=1, reduction=2.0)
     train = SUITE.train | {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2}
     suite = dataclasses.replace(SMALL, search=search, train=train)
-    done = bench(suite, tmp_path, root=root)
+    done = run_suite(suite, tmp_path, root=root)
     assert done.carried_out["stopped"] >= 2
     for record in Results(tmp_path).records():
         steps = max(step for step, _ in record["curves"]["loss"])
         assert (steps < 6) == (record["status"] == "stopped")
-    assert bench(suite, tmp_path, root=root).carried_out == {}
+    assert run_suite(suite, tmp_path, root=root).carried_out == {}
     with pytest.raises(LoraInitError, match="asha needs"):
-        bench(dataclasses.replace(suite, train=SUITE.train), tmp_path / "other", root=root)
+        run_suite(dataclasses.replace(suite, train=SUITE.train), tmp_path / "other", root=root)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_asha_stops_the_worse_rates_early(machine, root, tmp_path) -> None:
 def test_what_cannot_run_is_refused_before_anything_does(machine, root, tmp_path, changes, options, message) -> None:
     suite = dataclasses.replace(SMALL, **changes)
     with pytest.raises(LoraInitError, match=message):
-        bench(suite, tmp_path, **({"root": root} | options))
+        run_suite(suite, tmp_path, **({"root": root} | options))
     assert not Results(tmp_path).summaries
 
 
@@ -237,7 +237,7 @@ def test_a_comparison_takes_every_seed_that_there_is(finished, root, tmp_path) -
     shutil.copytree(finished, tmp_path / "more")
     found = []
     for suite in (SUITE, dataclasses.replace(SUITE, search=dataclasses.replace(SUITE.search, compare_seeds=[0, 1]))):
-        bench(suite, tmp_path / "more", root=root)
+        run_suite(suite, tmp_path / "more", root=root)
         _, _, table = write_report(tmp_path / "more", tmp_path / "report", finished / "suite.json")
         rows = {row["method"]: row for row in csv.DictReader(table.read_text().splitlines())}
         found.append(rows["random"]["difference_suggested_count"])
@@ -328,12 +328,12 @@ def test_a_cluster_that_loses_a_worker_and_a_machine_ends_as_an_undisturbed_one(
         assert sum(node["Alive"] for node in ray.nodes()) == 2
         thread = threading.Thread(target=disturb, daemon=True)
         thread.start()
-        done = bench(SMALL, tmp_path / "disturbed", root=root)
+        done = run_suite(SMALL, tmp_path / "disturbed", root=root)
         thread.join(timeout=60)
         assert killed
         assert not thread.is_alive()
         assert set(done.carried_out) == {"done"}
-        bench(SMALL, tmp_path / "undisturbed", root=root)
+        run_suite(SMALL, tmp_path / "undisturbed", root=root)
         assert numbers(tmp_path / "disturbed") == numbers(tmp_path / "undisturbed")
     finally:
         ray.shutdown()

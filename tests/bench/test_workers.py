@@ -1,4 +1,4 @@
-"""The pool and the plan without trainings: what ten thousand queued trials cost the driver, and lost workers."""
+"""Workers and plan without trainings: what ten thousand queued trials cost the driver, and workers that die."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import dataclasses
 import gc
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -17,11 +14,11 @@ import pytest
 import ray
 
 from lorainit import LoraInitError
-from lorainit.bench import pool
 from lorainit.bench.plan import Plan, settled
 from lorainit.bench.results import Results
 from lorainit.bench.suite import Resources, Search
 from lorainit.bench.trial import Trial
+from lorainit.bench.workers import run_jobs
 from tiny_suite import SMALL
 
 MANY = dataclasses.replace(
@@ -90,48 +87,6 @@ def test_thousands_of_queued_trials_keep_memory_flat_and_are_taken_up_in_seconds
     assert [group.best() for group in groups] == [3] * 4
 
 
-@pytest.fixture
-def closed():
-    """A port of this machine at which nothing listens."""
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        yield holder.getsockname()[1]
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}"])
-def test_an_address_at_which_nothing_listens_is_named_at_once(closed, address) -> None:
-    begin, address = time.perf_counter(), address.format(closed)
-    with pytest.raises(LoraInitError, match=f"no Ray cluster at '{address}': nothing answers at port {closed}"):
-        with pool.cluster(address):
-            pass
-    assert time.perf_counter() - begin < 10  # Ray alone: 30 s and more
-
-
-@pytest.mark.parametrize(
-    ("address", "variable", "message"),
-    [
-        ("127.0.0.1", "", "no Ray cluster at '127.0.0.1': .*nvalid address"),
-        ("auto", "127.0.0.1:{}", r"no Ray cluster at '127.0.0.1:{}' \(RAY_ADDRESS\): nothing answers"),
-        (f"{'a' * 64}:6379", "", "no Ray cluster at 'a+:6379': nothing answers at port 6379"),
-        ("127.0.0.1:port", "", "'127.0.0.1:port' is no address of a Ray cluster, HOST:PORT or ray://HOST:PORT"),
-    ],
-)
-def test_other_addresses_without_a_cluster_are_named_too(closed, monkeypatch, address, variable, message) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", variable.format(closed))
-    with pytest.raises(LoraInitError, match=message.format(closed)):
-        with pool.cluster(address):
-            pass
-
-
-@pytest.mark.slow
-def test_a_cluster_that_runs_is_joined_by_its_address() -> None:
-    with pool.cluster(None):
-        address = ray.get_runtime_context().gcs_address
-        code = f"from lorainit.bench import pool, checks\nwith pool.cluster('{address}'): print('joined')"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout.strip().endswith("joined"), done.stderr
-
-
 @pytest.fixture(scope="module")
 def machine():
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -142,7 +97,7 @@ def machine():
 def run(jobs: list, work, attempts: int = 3) -> tuple[dict, dict]:
     done: dict = {}
     lost: dict = {}
-    pool.run(Line(jobs), work, done.__setitem__, lost.__setitem__, Resources(cpus=1, attempts=attempts))
+    run_jobs(Line(jobs), work, done.__setitem__, lost.__setitem__, Resources(cpus=1, attempts=attempts))
     return done, lost
 
 
@@ -174,7 +129,7 @@ def test_no_more_jobs_are_taken_than_there_are_workers(machine) -> None:
             assert len(taken) - len(ended) <= 2
             return taken[-1]
 
-    pool.run(Counting(), lambda job: job, lambda job, _: ended.append(job), lambda *_: None, Resources(cpus=1))
+    run_jobs(Counting(), lambda job: job, lambda job, _: ended.append(job), lambda *_: None, Resources(cpus=1))
     assert sorted(ended) == list(range(40))
 
 

@@ -6,9 +6,9 @@ import pytest
 
 from lorainit import cli, get_method
 from lorainit.errors import LoraInitError
-from lorainit.tables.file import read_table
-from lorainit.tables.recipes import write_recipes
+from lorainit.tables.recipe_files import write_recipes
 from lorainit.tables.table import Run, build
+from lorainit.tables.table_file import read_table
 from lorainit.train.recipe import Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

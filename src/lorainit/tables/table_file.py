@@ -1,4 +1,4 @@
-"""Reads a table file, and says what is wrong with it before anything runs."""
+"""Reads a table file, and checks it before anything runs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _names(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(_is_text(k) and accepts(v) for k, v in value.items())
 
 
-# what both scales may have
+# The fields that both scales may have: what accepts a value, and the form that an error names.
 _SCALED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "recipe": (_is_fields, "{field of a recipe: value}"),
     "columns": (_names(lambda value: value is None or _is_fields(value)), "{name: fields of a recipe}"),
@@ -75,7 +75,7 @@ def read_table(file: str | Path, scale: str = "paper") -> Table:
 
     Args:
         file: the YAML file.
-        scale: ``"paper"``, or ``"small"`` for the section of that name laid over it.
+        scale: ``"paper"``, or ``"small"`` for the file with the changes of its section ``small``.
 
     Raises:
         LoraInitError: no such file or scale, a field that is unknown, missing or of a wrong form, a name that no row or
@@ -86,11 +86,20 @@ def read_table(file: str | Path, scale: str = "paper") -> Table:
     small = paper.pop("small", {})
     if scale not in ("paper", "small") or (scale == "small" and not small):
         raise LoraInitError(f"{path} has no scale '{scale}'")
-    content = _laid_over(paper, small) if scale == "small" else paper
-    columns, rows = ({name: v or {} for name, v in content[kind].items()} for kind in ("columns", "rows"))
+    content = _changed(paper, small) if scale == "small" else paper
+    paper_notes = tuple(paper.get("notes", ())) if scale == "small" else ()
+    table = _table(f"{path.stem}-{scale}", content, _published(path, paper), paper_notes)
+    _check(path, table)
+    _check_names(path, paper, small)
+    return table
+
+
+def _table(name: str, content: Mapping[str, Any], published: dict[str, Any], paper_notes: tuple[str, ...]) -> Table:
+    """Make the table from the fields of its file at one scale."""
+    columns, rows = ({key: value or {} for key, value in content[kind].items()} for kind in ("columns", "rows"))
     optional = {key: content[key] for key in ("search_seeds", "also", "evaluations", "keep_adapters") if key in content}
-    table = Table(
-        name=f"{path.stem}-{scale}",
+    return Table(
+        name=name,
         title=content["title"],
         source=content["source"],
         score=content.get("score", "accuracy"),
@@ -98,17 +107,14 @@ def read_table(file: str | Path, scale: str = "paper") -> Table:
         recipe=content.get("recipe", {}),
         columns=columns,
         rows=rows,
-        published=_published(path, paper),
+        published=published,
         seeds=tuple(content.get("seeds", (0, 1, 2))),
         rates=tuple(map(float, content.get("rates", ()))),
         reference=content.get("reference", next(iter(rows))),
         notes=tuple(content.get("notes", ())),
-        paper_notes=tuple(paper.get("notes", ())) if scale == "small" else (),
+        paper_notes=paper_notes,
         **optional,
     )
-    _check(path, table)
-    _check_names(path, paper, small)
-    return table
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -140,7 +146,7 @@ def _check_forms(where: str, content: Mapping[Any, Any], forms: Mapping[str, tup
 
 
 def _published(path: Path, paper: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return {row: {column: value}} of the values that there are."""
+    """Return {row: {column: value}} of the values that were published."""
     printed = {}
     for row, values in paper.get("published", {}).items():
         if len(values) != len(paper["columns"]):
@@ -150,8 +156,8 @@ def _published(path: Path, paper: Mapping[str, Any]) -> dict[str, dict[str, Any]
     return printed
 
 
-def _laid_over(paper: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields at the small scale: rows and the shared recipe are changed, everything else is replaced."""
+def _changed(paper: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields at the small scale: it changes rows and the shared recipe, and replaces all other fields."""
     changes = small.get("rows", {})
     rows = {
         name: merge(paper["rows"].get(name) or {}, changes.get(name) or {})
@@ -164,7 +170,7 @@ def _laid_over(paper: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, 
 
 
 def _check(path: Path, table: Table) -> None:
-    """Check what only the whole table shows: that seeds fit, files have names of their own, every run can be built."""
+    """Check the whole table: the seeds fit, no two runs share a file name, every run's recipe can be built."""
     if table.search_seeds is not None and not 1 <= table.search_seeds <= len(table.seeds):
         raise LoraInitError(f"{path}: search_seeds is {table.search_seeds}, not 1 to {len(table.seeds)}")
     for kind, names in (("rows", list(table.rows)), ("columns", list(table.columns))):
@@ -180,7 +186,7 @@ def _check(path: Path, table: Table) -> None:
 
 
 def _check_order(table: Table, run: Run, before: tuple[tuple[str, str], ...]) -> None:
-    """Raise if a run needs, through others, a run of its own row and column."""
+    """Raise if a run needs a run of its own row and column, directly or through others."""
     here = (run.row, run.column)
     if here in before:
         raise LoraInitError(f"{table.where(run)} is its own teacher")
@@ -189,7 +195,7 @@ def _check_order(table: Table, run: Run, before: tuple[tuple[str, str], ...]) ->
 
 
 def _check_recipe(table: Table, run: Run) -> None:
-    """Raise unless a run's recipe can be built, of a method and a task that there are."""
+    """Raise unless a run's recipe can be built, and its method and task are known."""
     recipe = build(table, run, {}, "{data}")
     try:
         import_modules(recipe.imports)
@@ -200,7 +206,7 @@ def _check_recipe(table: Table, run: Run) -> None:
 
 
 def _check_names(path: Path, paper: Mapping[str, Any], small: Mapping[str, Any]) -> None:
-    """Check that what is said of a row or a column is said of one that there is."""
+    """Check that every row and column that the file names is one of the table."""
     columns = [*paper["columns"], *small.get("columns", {})]
     for row, changes in [*paper["rows"].items(), *small.get("rows", {}).items()]:
         _check_known(path, f"row '{row}', cells: there is no column", (changes or {}).get("cells", {}), columns)

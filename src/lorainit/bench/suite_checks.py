@@ -1,4 +1,4 @@
-"""What is known to be wrong with a suite before a trial runs; otherwise every trial would fail of it."""
+"""Checks a suite before a trial runs, so that no mistake in it makes every trial fail."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .search import Point
 from .suite import Search, Suite, TaskEntry, read
 from .trial import cells, located, located_data
 
-# results lie in folders that are called after models, tasks and methods
+# Results lie in folders named after models, tasks and methods.
 _LABEL = r"[^/\\.][^/\\]*"
-# a suite has other places for these, or must not have them
+# A suite sets these elsewhere, or must not set them.
 _NOT_TRAIN = {"output_dir", "seed", "learning_rate", "resume_from_checkpoint"}
 _TRAIN = {field.name for field in dataclasses.fields(TrainingArguments) if field.init} - _NOT_TRAIN
 _LORA = {field.name for field in dataclasses.fields(LoraConfig) if field.init} - {"task_type"}
 
 
 def load(file: str | Path) -> Suite:
-    """Read a suite and check all that can be known of it by itself.
+    """Read a suite and check all of it that needs no other file.
 
     Raises:
         LoraInitError: no such file; an unknown field, method, task, module or metric; an empty grid; a label or a seed
-            given twice; seeds or numbers that do not fit together.
+            given twice; seeds or numbers that contradict each other.
     """
     suite = read(file)
     with _within(f"suite {file}"):
@@ -45,7 +45,7 @@ def load(file: str | Path) -> Suite:
 
 
 def check(suite: Suite) -> None:
-    """Check a suite by itself, without a look at folders and hubs.
+    """Check a suite, but not its folders and hub names.
 
     Raises:
         LoraInitError: what is wrong, and where.
@@ -67,10 +67,10 @@ def check(suite: Suite) -> None:
 
 
 def check_folders(suite: Suite, root: str | None) -> None:
-    """Check that the folders which a suite names are on this machine.
+    """Check that the folders that a suite names are on this machine.
 
-    ``owner/name`` may be a model of the hub, which only loading it would tell; anything else that is no
-    ``package:NAME/FOLDER`` is a folder.
+    ``owner/name`` may be a model of the hub, and is only checked when it is loaded. Any other model is a folder, or
+    ``package:NAME/FOLDER``.
 
     Args:
         suite: the suite.
@@ -97,14 +97,31 @@ def _check_folder(path: str | None) -> None:
 
 
 def _tasks(suite: Suite) -> Iterator[tuple[str, TaskEntry]]:
-    """Yield the tasks, and where they stand."""
+    """Yield the tasks, each with its place in the file."""
     for model in suite.models:
         for task in model.tasks:
             yield f"models: {model.label}: tasks: {task.name}", task
 
 
 def _check_lists(suite: Suite) -> None:
-    """Raise on a list with nothing in it, or with something twice."""
+    """Raise on a list that is empty, that has an entry twice, or whose labels cannot be names of folders."""
+    lists = _nonempty_lists(suite)
+    for where, values in lists.items():
+        if not values:
+            raise LoraInitError(f"{where} is empty: there is nothing to run")
+    # these may be empty: only the controls run, and nothing is compared
+    lists["methods"] = [entry if isinstance(entry, str) else entry.label for entry in suite.methods]
+    lists |= {f"{where}.compare_seeds": search.compare_seeds or [] for where, search in suite.searches().items()}
+    for where, values in lists.items():
+        _check_labels(where, values)
+        twice = sorted({str(value) for value in values if values.count(value) > 1})
+        if twice:
+            advice = "; give entries a label of their own" if isinstance(values[0], str) else ""
+            raise LoraInitError(f"{where}: {', '.join(twice)} stands there twice{advice}")
+
+
+def _nonempty_lists(suite: Suite) -> dict[str, list[Any]]:
+    """Return the lists that must not be empty, by their place in the file."""
     lists: dict[str, list[Any]] = {
         "models": [model.label for model in suite.models],
         "ranks": suite.ranks,
@@ -116,26 +133,21 @@ def _check_lists(suite: Suite) -> None:
             lists[f"{where}.exponents"] = search.exponents
         if search.final_seeds is not None:
             lists[f"{where}.final_seeds"] = search.final_seeds
-    for where, values in lists.items():
-        if not values:
-            raise LoraInitError(f"{where} is empty: there is nothing to run")
-    # these may be empty: nothing but the controls, and no comparisons
-    lists["methods"] = [entry if isinstance(entry, str) else entry.label for entry in suite.methods]
-    lists |= {f"{where}.compare_seeds": search.compare_seeds or [] for where, search in suite.searches().items()}
-    for where, values in lists.items():
-        wrong = [value for value in values if isinstance(value, str) and not re.fullmatch(_LABEL, value)]
-        if wrong:
-            raise LoraInitError(
-                f"{where}: label '{wrong[0]}' cannot be a folder's name; give it one without / and \\ that begins with "
-                "no dot"
-            )
-        twice = sorted({str(value) for value in values if values.count(value) > 1})
-        if twice:
-            advice = "; give entries a label of their own" if isinstance(values[0], str) else ""
-            raise LoraInitError(f"{where}: {', '.join(twice)} stands there twice{advice}")
+    return lists
+
+
+def _check_labels(where: str, values: list[Any]) -> None:
+    """Raise on a label that cannot be the name of a folder."""
+    wrong = [value for value in values if isinstance(value, str) and not re.fullmatch(_LABEL, value)]
+    if wrong:
+        raise LoraInitError(
+            f"{where}: label '{wrong[0]}' cannot be a folder's name; give it one without / and \\ that begins with "
+            "no dot"
+        )
 
 
 def _check_numbers(suite: Suite) -> None:
+    """Raise on numbers out of range, and on comparisons without the diagnosis that they need."""
     resources = suite.resources
     if min(suite.ranks) < 1:
         raise LoraInitError(f"ranks: {min(suite.ranks)} is below 1")
@@ -148,6 +160,7 @@ def _check_numbers(suite: Suite) -> None:
 
 
 def _check_search(search: Search, seeds: list[int]) -> None:
+    """Raise on numbers out of range, and on seeds of comparisons that have no partner."""
     if not (search.unit > 0 and math.isfinite(search.unit)):
         raise LoraInitError(f"unit: {search.unit:g} is no positive number")
     for name, least in {"stride": 1, "widest": 1, "finalists": 1, "grace": 1, "reduction": 2}.items():
@@ -163,7 +176,7 @@ def _check_search(search: Search, seeds: list[int]) -> None:
 
 
 def _check_asha(suite: Suite) -> None:
-    """Raise where asha does not know when trainings are evaluated, or could stop none."""
+    """Raise where ASHA does not know when trainings are evaluated, or could not stop any."""
     for cell in cells(suite):
         if cell.search.schedule == "asha":
             with _within(f"models: {cell.model.label}: tasks: {cell.task.name}"):
@@ -176,7 +189,7 @@ def _check_asha(suite: Suite) -> None:
 
 
 def _check_fields(suite: Suite) -> None:
-    """Raise on fields that the libraries do not know, or that a suite has other places for."""
+    """Raise on fields that the libraries do not know, or that a suite sets elsewhere."""
     given = {"train": suite.train}
     given |= {f"models: {model.label}: train": model.train for model in suite.models}
     given |= {f"{where}: train": task.train for where, task in _tasks(suite)}
@@ -201,10 +214,11 @@ def _check_names(where: str, fields: dict[str, Any], known: set[str], owner: str
 
 
 def _check_task(entry: TaskEntry) -> None:
+    """Raise on an unknown task or metric, and where forgetting cannot be measured."""
     task = get_task(entry.task)
     if entry.metric is not None and entry.metric not in (known := _metrics(task)):
-        told = f"its metrics: {known}" if known else "it has none beside the loss; leave metric out"
-        raise LoraInitError(f"task '{task.name}' has no metric '{entry.metric}'; {told}")
+        choice = f"its metrics: {known}" if known else "it has none beside the loss; leave metric out"
+        raise LoraInitError(f"task '{task.name}' has no metric '{entry.metric}'; {choice}")
     if entry.forgetting is not None:
         kinds = {task.task_type, get_task(entry.forgetting.task).task_type}
         if kinds != {"CAUSAL_LM"}:
@@ -212,14 +226,14 @@ def _check_task(entry: TaskEntry) -> None:
 
 
 def _metrics(task: Task) -> list[str]:
-    """Return the names of a task's metrics: it is asked for those of two rows that are made up."""
+    """Return the names of a task's metrics: those that it computes for two made-up rows."""
     outputs = min(getattr(task, "num_labels", 2), 2)
     return list(task.metrics(np.eye(2, outputs), np.array([0, 1])))
 
 
 @contextlib.contextmanager
 def _within(where: str) -> Iterator[None]:
-    """Say where an error lies."""
+    """Add the place in the file to an error."""
     try:
         yield
     except LoraInitError as error:

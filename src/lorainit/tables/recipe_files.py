@@ -1,4 +1,4 @@
-"""The runs of a table as recipe files, each for ``lorainit train --config``."""
+"""Writes the runs of a table as recipe files, each for ``lorainit train --config``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from .table import DRIFT, Run, Table, filled, slug
 def write_recipes(table: Table, folder: Path, data: str) -> tuple[list[Path], list[Run]]:
     """Write a recipe for every run of a table and for the runs that those need.
 
-    A reference becomes the path where the recipe of the run that it means leaves its adapter; a comment names that
-    recipe.
+    A reference to another run becomes the path of that run's adapter; a comment names the recipe that makes it.
 
     Args:
         table: the table, its runs narrowed or not.
@@ -24,8 +23,8 @@ def write_recipes(table: Table, folder: Path, data: str) -> tuple[list[Path], li
         data: what ``{data}`` stands for.
 
     Returns:
-        The files, a needed one before those that need it; and the runs that have no recipe: controls, which only
-        `work` carries out, and what needs one.
+        The files, each behind those that it needs; and the runs that have no recipe: controls, which only `run_table`
+        carries out, and the runs that need one.
 
     Raises:
         LoraInitError: a recipe names ``{data}`` and no folder is given for it.
@@ -42,7 +41,7 @@ def write_recipes(table: Table, folder: Path, data: str) -> tuple[list[Path], li
 
 
 def _has_recipe(table: Table, run: Run) -> bool:
-    """Tell whether `train` can carry out a run: it knows no controls, and a drift is no path."""
+    """Return whether `train` can carry out a run: it knows no controls, and a drift is no path."""
     needs = table.needs(run)
     if table.fields(run).get("method") in CONTROLS or any(text.startswith(DRIFT) for text in needs):
         return False
@@ -70,7 +69,7 @@ def _write(table: Table, run: Run, folder: Path, data: str, files: dict[Run, Pat
 
 
 def _write_evaluations(table: Table, run: Run, folder: Path, data: str) -> dict[str, Path]:
-    """Write what a run's adapter is asked, for ``lorainit evaluate``; return {benchmark: file}."""
+    """Write the options of a run's benchmarks, for ``lorainit evaluate``; return {benchmark: file}."""
     fields, made, written = table.fields(run), folder / run.name, {}
     model = answering(filled(fields["model"], {}, data), fields.get("adapter", "lora"), made)
     for name, options in table.asked(run).items():

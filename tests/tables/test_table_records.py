@@ -10,14 +10,14 @@ import yaml
 
 from lorainit.cli import main
 from lorainit.errors import LoraInitError, NonFiniteError
-from lorainit.tables import work as module
-from lorainit.tables.file import read_table
+from lorainit.tables import run_table as module
+from lorainit.tables.folders import SCRATCH, TableFolders
 from lorainit.tables.measured import Measured
-from lorainit.tables.page import page
-from lorainit.tables.place import SCRATCH, Place
-from lorainit.tables.record import discard_changed, record
+from lorainit.tables.run_table import run_table
 from lorainit.tables.table import Run, Table, build
-from lorainit.tables.work import work
+from lorainit.tables.table_file import read_table
+from lorainit.tables.table_page import table_page
+from lorainit.tables.table_records import discard_changed, record
 
 CONTENT = {
     "title": "T",
@@ -59,8 +59,8 @@ def table(folder: Path, **changes) -> Table:
 
 
 @pytest.fixture(params=["benchmarks", "../data", "/some/data"])
-def place(request, tmp_path) -> Place:
-    return Place(tmp_path / "results", tmp_path / "scratch", request.param)
+def place(request, tmp_path) -> TableFolders:
+    return TableFolders(tmp_path / "results", tmp_path / "scratch", request.param)
 
 
 @pytest.fixture
@@ -72,11 +72,11 @@ def done(place, tmp_path, monkeypatch) -> Table:
         return RESULT | {"recipe": dataclasses.asdict(recipe)}
 
     monkeypatch.setattr(module, "train", train)
-    work(table(tmp_path), place)
+    run_table(table(tmp_path), place)
     return table(tmp_path)
 
 
-def without_record(place: Place) -> None:
+def without_record(place: TableFolders) -> None:
     """Make the results such as they were before there were records."""
     found = table(place.results.parent)
     for run in (*found.runs(), Run("LoRA", "C", 100), Run("ABM", "C", 0)):
@@ -123,7 +123,11 @@ def test_a_result_of_another_recipe_is_refused_by_its_first_field(done, place, c
     if not recorded:
         without_record(place)
     changed = table(place.results.parent, **changes)
-    for call in (lambda: Measured(changed, place), lambda: page(changed, place), lambda: work(changed, place)):
+    for call in (
+        lambda: Measured(changed, place),
+        lambda: table_page(changed, place),
+        lambda: run_table(changed, place),
+    ):
         with pytest.raises(LoraInitError, match=f"{message}.*delete the file, or pass --redo"):
             call()
 
@@ -135,11 +139,11 @@ def test_a_teachers_recipe_is_part_of_its_pupils(done, place, recorded) -> None:
     changed = table(place.results.parent, rows__LoRA={"lora": {"r": 4}}).selected(["Continued"])
     wanted = "in 'teacher:LoRA', lora.r" if recorded else "row 'LoRA', .*lora_own_100.json .* lora.r"
     with pytest.raises(LoraInitError, match=f"{wanted} was nothing, and the table file says 4"):
-        page(changed, place)
+        table_page(changed, place)
     # a pupil does not take an adapter of another recipe, either
     place.result(changed, Run("Continued", "C", 0)).unlink()
     with pytest.raises(LoraInitError, match="row 'LoRA', .*lora_own_100.json .*lora.r was nothing"):
-        work(changed, place)
+        run_table(changed, place)
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "before records"])
@@ -161,12 +165,12 @@ def test_what_says_the_same_is_no_change(done, place, recorded) -> None:
 
 
 def test_results_without_a_record_are_taken_and_counted(done, place) -> None:
-    assert "carry no record" not in page(done, place)
+    assert "carry no record" not in table_page(done, place)
     without_record(place)
     assert Measured(done, place).unrecorded() == 3  # LoRA's tells all: it has no teacher
     place.result(done, Run("LoRA", "C", 0)).write_text(json.dumps({"status": "diverged", "message": "nan"}))
     assert Measured(done, place).unrecorded() == 4
-    assert "* 4 of the results carry no record of all that they were made from" in page(done, place)
+    assert "* 4 of the results carry no record of all that they were made from" in table_page(done, place)
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "before records"])
@@ -177,7 +181,7 @@ def test_only_what_has_changed_is_redone_with_all_that_depends_on_it(done, place
     changed = table(place.results.parent, rows__ABM={"method": "abm", "method_options": {"teacher": "base"}})
     before = {path: path.stat().st_mtime_ns for path in place.results.rglob("*.json")}
     assert sorted(path.stem for path in discard_changed(changed, place)) == ["abm_own_0", "random_own_0"]
-    work(changed, place)
+    run_table(changed, place)
     after = {path: path.stat().st_mtime_ns for path in place.results.rglob("*.json")}
     assert sorted(path.stem for path in after if after[path] != before[path]) == ["abm_own_0", "random_own_0"]
     assert Measured(changed, place).unrecorded() == (0 if recorded else 1)
@@ -188,9 +192,9 @@ def test_a_run_that_diverged_under_another_recipe_is_refused_too(place, tmp_path
         raise NonFiniteError("the loss is nan")
 
     monkeypatch.setattr(module, "train", train)
-    work(table(tmp_path).selected(["LoRA"]), place)
+    run_table(table(tmp_path).selected(["LoRA"]), place)
     with pytest.raises(LoraInitError, match="train.learning_rate was 0.1, and the table file says 0.01"):
-        page(table(tmp_path, recipe__train__learning_rate=0.01), place)
+        table_page(table(tmp_path, recipe__train__learning_rate=0.01), place)
 
 
 def test_the_command_tells_what_has_changed_and_redoes_it(done, place, tmp_path, capsys) -> None:
