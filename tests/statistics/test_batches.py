@@ -218,7 +218,6 @@ IDS, POSITIONS = tokens(ROWS, LENGTH), torch.arange(LENGTH)[None]
 WITH_ROWS = {
     "positions for all rows, first": {"position_ids": POSITIONS, "input_ids": IDS},
     "three positions a token": {"position_ids": POSITIONS.expand(3, ROWS, LENGTH), "input_ids": IDS},
-    "patches of all images": {"pixel_values": torch.ones(9, 2), "input_ids": IDS},
     "a named tuple": Pair(IDS, torch.ones_like(IDS)),
     "a plain tuple": (torch.ones(1), IDS, IDS),
     "features in a list": [{"input_ids": IDS}, {"input_ids": IDS}],
@@ -235,8 +234,6 @@ def test_only_what_has_the_batchs_rows_is_cut_into_rows(name) -> None:
     assert type(parts[0]) is type(to_device(batch, torch.device("cpu"))) is type(batch)
     if name in LEFT:
         assert parts[0]["position_ids"].shape == LEFT[name]
-    if name == "patches of all images":
-        assert parts[0]["pixel_values"] is batch["pixel_values"]
 
 
 def test_the_three_positions_of_three_rows_are_cut_by_row() -> None:

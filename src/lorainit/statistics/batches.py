@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LoraInitError
 from .architecture import is_encoder_decoder, shifts_labels
+from .row_cuts import RowCutter, like
 
 MaskKind = Literal["attention", "labels"]
 NO_BATCH = "the calibration data are empty: not a single batch"
@@ -119,32 +120,23 @@ def _by_name(batch: Any) -> Any:
     return batch._asdict() if hasattr(batch, "_asdict") else batch
 
 
-def _like(batch: Any, values: Iterable[Any]) -> Any:
-    """Return a sequence of the kind of another one."""
-    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+def take_rows(batch: Any, rows: slice, model: nn.Module | None = None) -> Any:
+    """Return some rows of a batch.
+
+    Raises:
+        LoraInitError: a field of the batch does not lie by rows.
+    """
+    return RowCutter(batch, count_rows(batch), model).take(rows)
 
 
-def take_rows(batch: Any, rows: slice) -> Any:
-    """Return some rows of a batch; a tensor of another length (broadcast positions) stays whole."""
-    return _take(batch, rows, count_rows(batch))
+def split_rows(batch: Any, size: int = 1, model: nn.Module | None = None) -> list[Any]:
+    """Return the batch as batches of at most ``size`` rows.
 
-
-def _take(value: Any, rows: slice, count: int, name: str = "") -> Any:
-    if isinstance(value, Mapping):
-        return {k: _take(v, rows, count, str(k)) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return _like(value, (_take(v, rows, count) for v in value))
-    if not isinstance(value, Tensor):
-        return value
-    if name == "position_ids" and value.dim() == 3:  # noqa: PLR2004 - (time, height, width) × rows × tokens
-        return value[:, rows] if value.shape[1] == count else value
-    return value[rows] if value.dim() and value.shape[0] == count else value
-
-
-def split_rows(batch: Any, size: int = 1) -> list[Any]:
-    """Return the batch as batches of at most ``size`` rows."""
-    count = count_rows(batch)
-    return [_take(batch, slice(i, i + size), count) for i in range(0, count, size)]
+    Raises:
+        LoraInitError: a field of the batch does not lie by rows.
+    """
+    cutter = RowCutter(batch, count_rows(batch), model)
+    return [cutter.take(slice(i, min(i + size, cutter.count))) for i in range(0, cutter.count, size)]
 
 
 def without_padding(row: Any) -> Any:
@@ -290,5 +282,5 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {k: to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return _like(batch, (to_device(v, device) for v in batch))
+        return like(batch, (to_device(v, device) for v in batch))
     return batch.to(device) if isinstance(batch, Tensor) else batch

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
+from .layout import Layout
 
 Side = Literal["input", "decoder", "encoder"]
 _DECODERS = ("decoder", "text_decoder")
@@ -47,8 +48,17 @@ def output_positions(site: LoraSite, gradient: Tensor) -> Tensor:
     return gradient.movedim(1, -1).reshape(-1, site.out_features)
 
 
-def select_counted(site: LoraSite, rows: Tensor, tensor: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+def select_counted(
+    site: LoraSite, rows: Tensor, tensor: Tensor, masks: Mapping[str, Tensor], layout: Layout | None = None
+) -> Tensor:
     """Return the rows (positions × features) of a tensor whose positions count: no padding, or scored ones.
+
+    Args:
+        site: the layer.
+        rows: its positions.
+        tensor: what they were taken from.
+        masks: which tokens count, by the side that a layer reads.
+        layout: how the positions lie; None: told by the tensor's shape, where that is possible.
 
     Raises:
         LoraInitError: there is padding, and the layer's positions cannot be matched with the mask.
@@ -61,14 +71,28 @@ def select_counted(site: LoraSite, rows: Tensor, tensor: Tensor, masks: Mapping[
             f"layer '{site.name}': an expert's tokens do not say which positions they come from, so those that do not "
             f"count in the mask {list(mask.shape)} cannot be told apart; use batches without padding"
         )
-    if rows.shape[0] == mask.numel():
-        return rows[mask.flatten()]
-    if tensor.dim() == 2 and rows.shape[0] == mask.shape[0]:  # noqa: PLR2004 - one vector a row, after pooling
+    order = _order_in(tensor, mask) if layout is None else layout
+    if order == "unreached":
         return rows
+    pooled = tensor.dim() == 2 or layout is not None  # noqa: PLR2004 - one vector a row
+    if pooled and rows.shape[0] == mask.shape[0] != mask.numel():
+        return rows
+    if order in ("rows first", "tokens first") and rows.shape[0] == mask.numel():
+        return rows[(mask.T if order == "tokens first" else mask).flatten()]
     raise LoraInitError(
         f"layer '{site.name}': {rows.shape[0]} positions do not match the attention mask {list(mask.shape)}, so "
         "padding cannot be told apart; use batches without padding"
     )
+
+
+def _order_in(tensor: Tensor, mask: Tensor) -> Layout:
+    """Return the order of a tensor's positions as far as its shape tells it."""
+    count, length = mask.shape
+    if tensor.shape[:-1] == mask.shape and (count != length or count == 1):
+        return "rows first"
+    if tensor.shape[:-1] == mask.T.shape and count != length:
+        return "tokens first"
+    return "rows first" if 1 in (count, length) else "other"
 
 
 def side(name: str) -> Side:

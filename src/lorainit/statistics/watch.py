@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +35,10 @@ from .batches import (
 from .expert_calls import eager_experts, observing
 from .inputs import add_inputs
 from .layer import LayerStatistics
+from .layout import Layout, find_layouts
 from .lockstep import Part, Passes
 from .output_gradients import add_output_gradients
-from .positions import geometry, input_positions, output_positions, select_counted
+from .positions import geometry, input_positions, output_positions, select_counted, side
 from .request import INPUT_STREAMS, WEIGHT_GRADIENT_STREAMS, Request
 from .second_moment import mirror
 from .storage import ON_DEVICE, Storage
@@ -116,6 +117,9 @@ class Watch:
         self._calls: Counter[str] = Counter()
         self._calls_at_first: Counter[str] = Counter()
         self._in_backward = False
+        self._layouts: dict[str, Layout] = {}
+        self._rows_of_layouts = 0  # in the batch that they were found with: none, one, or more
+        self._idle = False  # the model runs for something else than the sums
 
     def __enter__(self) -> Watch:
         """Attach the hooks, also those on the products of experts."""
@@ -174,6 +178,7 @@ class Watch:
         """Yield the batches in parts that run at a time; raise if the statistics of one were not finite."""
         for batch in batches:
             self._batch += 1
+            self._find_layouts(batch)
             # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
             whole = self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
             for part in self._split(batch, micro_batch):
@@ -184,12 +189,34 @@ class Watch:
 
     def _split(self, batch: Any, micro_batch: int | None) -> list[Any]:
         """Return the parts of a batch that run at a time."""
-        masks = position_masks(self.model, batch, "attention") if self._routed else {}
-        padded = "input" in masks and not bool(masks["input"].all())
-        by_row = self._routed and "odd_weight_gradient" in self.request.streams
+        other = self._routed or "other" in self._layouts.values()
+        masks = position_masks(self.model, batch, "attention") if other else {}
+        padded = any(not bool(mask.all()) for mask in masks.values())
+        by_row = other and "odd_weight_gradient" in self.request.streams
         size = 1 if padded or by_row or self.request.loss == "sequence_mean" else micro_batch
-        parts = [batch] if size is None else split_rows(batch, size)
+        parts = [batch] if size is None else split_rows(batch, size, self.model)
         return [without_padding(part) for part in parts] if padded else parts
+
+    def _find_layouts(self, batch: Any) -> None:
+        """Find how the layers' positions lie, once it matters: where there is padding, or rows are to be told apart.
+
+        One row does not show in which order several lie. Processes that run the same passes go by the shapes.
+        """
+        rows = min(count_rows(batch), 2)
+        if self._passes.in_step or rows <= self._rows_of_layouts:
+            return
+        masks = position_masks(self.model, batch, self.request.mask)
+        if all(bool(mask.all()) for mask in masks.values()) and "odd_weight_gradient" not in self.request.streams:
+            return
+        sites = [site for site in self.sites if not isinstance(site, Expert)]
+        named = {site.name: masks.get(side(site.name)) for site in sites}
+        tokens = {name: mask.numel() // count_rows(batch) for name, mask in named.items() if mask is not None}
+        self._idle = True
+        try:
+            self._layouts = find_layouts(self.model, sites, batch, tokens)
+        finally:
+            self._idle = False
+        self._rows_of_layouts = rows
 
     def finish(self) -> dict[str, LayerStatistics]:
         """Complete the sums and hand them over.
@@ -252,13 +279,13 @@ class Watch:
 
     def _hook(self, site: LoraSite) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return self._observe(site, inputs[0], output)
+            return None if self._idle else self._observe(site, inputs[0], output)
 
         return hook
 
     def _observe(self, site: LoraSite, x: Tensor, output: Tensor) -> Tensor | None:
         """Add a layer's input to its sums; return the output with a hook for its gradient, if that is asked for."""
-        seen = self._passes.attempt(self._add_and_record, site, x) if self._counts is not _NOTHING else None
+        seen = self._attempt(self._add_and_record, site, x) if self._counts is not _NOTHING else None
         if self._is_last_call():
             raise _LastLayerSeen
         if not (self.request.needs_gradients and torch.is_grad_enabled()):
@@ -268,8 +295,13 @@ class Watch:
         result = output if output.requires_grad else output.detach().requires_grad_().clone()
         keep = seen if self._streams[site.name] & WEIGHT_GRADIENT_STREAMS else None
         if self._counts.gradients:
-            result.register_hook(lambda gradient: self._passes.attempt(self._add_gradient, site, keep, gradient))
+            result.register_hook(lambda gradient: self._attempt(self._add_gradient, site, keep, gradient))
         return result
+
+    def _attempt(self, work: Callable[..., Any], site: LoraSite, *args: Any) -> Any:
+        """Work on sums within a pass, outside the autocast that the pass may run in."""
+        with torch.autocast(site.device.type, enabled=False):
+            return self._passes.attempt(work, site, *args)
 
     def _add_and_record(self, site: LoraSite, x: Tensor) -> _Input:
         """Add an input of a layer to its sums, and return its record."""
@@ -313,7 +345,8 @@ class Watch:
                 setattr(statistics, stream, getattr(self.statistics[leader], stream))
             return
         self._inputs[site.name] = seen
-        rows = select_counted(site, input_positions(site, x.detach()), x, self._counts.masks).to(self.request.dtype)
+        every = input_positions(site, x.detach())
+        rows = select_counted(site, every, x, self._counts.masks, self._layouts.get(site.name)).to(self.request.dtype)
         self._sizes.append((site.name, "its inputs", rows.sum()))
         test = self._test("in", site) if "input_sketch" in streams else None
         add_inputs(statistics, rows, streams, test, self.storage)
@@ -331,15 +364,15 @@ class Watch:
         every = output_positions(site, gradient).to(dtype)
         self._sizes.append((site.name, "its output gradient", every.sum()))
         if streams & {"output_gradient_squares", "output_gradient_second_moment"}:
-            add_output_gradients(
-                statistics, select_counted(site, every, gradient, self._counts.masks), streams, self.storage
-            )
+            rows = select_counted(site, every, gradient, self._counts.masks, self._layouts.get(site.name))
+            add_output_gradients(statistics, rows, streams, self.storage)
         if seen is None:
             return
         options: dict[str, Any] = {}
         if "odd_weight_gradient" in streams:
             odd = (torch.arange(self._counts.rows, device=every.device) + self._row) % 2 == 1
-            options["odd"] = odd.repeat_interleave(every.shape[0] // self._counts.rows)
+            by_row, each = self._layouts.get(site.name) != "tokens first", every.shape[0] // self._counts.rows
+            options["odd"] = odd.repeat_interleave(each) if by_row else odd.repeat(each)
         if "gradient_range" in streams:
             options["projected"] = seen.projected(self._test("in", site))
             options["test_out"] = self._test("out", site)
