@@ -44,6 +44,9 @@ from .second_moment import mirror
 from .storage import ON_DEVICE, Storage
 from .weight_gradients import add_weight_gradient
 
+# a gradient of the weights needs no mask: positions that no loss depends on add zero to it
+_BY_POSITION = INPUT_STREAMS | {"output_gradient_squares", "output_gradient_second_moment", "odd_weight_gradient"}
+
 
 class _Input:
     """An input tensor, for all layers that receive it; its rows and their sketch are computed once.
@@ -105,6 +108,7 @@ class Watch:
         self.statistics = {site.name: LayerStatistics(sketch_seed=seed) for site in sites}
         self._streams = {site.name: request.streams_of(site) for site in sites}
         self._tests: dict[tuple[Any, ...], Tensor] = {}
+        self._by_position = bool(request.streams & _BY_POSITION)
         self._experts = [site for site in sites if isinstance(site, Expert)]
         self._routed = any(expert.is_routed for expert in self._experts)
         self._attached = contextlib.ExitStack()
@@ -182,7 +186,7 @@ class Watch:
             # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
             whole = self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
             for part in self._split(batch, micro_batch):
-                masks = position_masks(self.model, part, self.request.mask)
+                masks = position_masks(self.model, part, self.request.mask) if self._by_position else {}
                 gradients = self.request.needs_gradients and (whole or count_terms(self.model, part) != 0)
                 yield part, _Counts(count_rows(part), masks, gradients)
             self._check_finite()
@@ -203,7 +207,7 @@ class Watch:
         One row does not show in which order several lie. Processes that run the same passes go by the shapes.
         """
         rows = min(count_rows(batch), 2)
-        if self._passes.in_step or rows <= self._rows_of_layouts:
+        if not self._by_position or self._passes.in_step or rows <= self._rows_of_layouts:
             return
         masks = position_masks(self.model, batch, self.request.mask)
         if all(bool(mask.all()) for mask in masks.values()) and "odd_weight_gradient" not in self.request.streams:
@@ -214,6 +218,8 @@ class Watch:
         self._idle = True
         try:
             self._layouts = find_layouts(self.model, sites, batch, tokens)
+        except LoraInitError:  # the model refuses the batch: its own pass will say so of the whole batch
+            return
         finally:
             self._idle = False
         self._rows_of_layouts = rows
