@@ -31,7 +31,7 @@ from ..boundaries.options import Options
 from ..boundaries.stage import Score, Stage
 from ..errors import LoraInitError, UnsupportedLayerError
 from ..statistics import LayerStatistics, Request
-from ..statistics.batches import iterate, summed_loss
+from ..statistics.batches import LossFunction, iterate, summed_loss
 from .method import Fit, Method, MethodInfo, Product, TrainedMethod, start_layer
 from .registry import get_method, register
 
@@ -112,7 +112,14 @@ class ABMLoRA(Options, TrainedMethod):
         return Factors(A.clone(), B.clone())
 
     def fit(
-        self, model: nn.Module, sites: Sequence[LoraSite], data: Iterable[Any], *, seed: int, progress: bool
+        self,
+        model: nn.Module,
+        sites: Sequence[LoraSite],
+        data: Iterable[Any],
+        *,
+        seed: int,
+        progress: bool,
+        loss_function: LossFunction | None = None,
     ) -> Fit:
         """Match the boundaries and return the factors and what happened; the model is left at the origin."""
         device = next(model.parameters()).device

@@ -31,7 +31,7 @@ from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
 from ..numerics.linalg import SVD, canonical_signs, require_rank
 from ..numerics.seeds import layer_generator
-from ..statistics.batches import iterate, summed_loss
+from ..statistics.batches import LossFunction, iterate, summed_loss
 from . import kaiming
 from .method import Fit, MethodInfo, TrainedMethod, require_rank_at_most_min
 from .registry import register
@@ -95,12 +95,19 @@ class HRP(TrainedMethod):
             )
 
     def fit(
-        self, model: nn.Module, sites: Sequence[LoraSite], data: Iterable[Any], *, seed: int, progress: bool
+        self,
+        model: nn.Module,
+        sites: Sequence[LoraSite],
+        data: Iterable[Any],
+        *,
+        seed: int,
+        progress: bool,
+        loss_function: LossFunction | None = None,
     ) -> Fit:
         """Preheat all sites together and return what `factors` makes of them."""
         pairs = {site.name: _preheated_pair(site, self._rank(site), seed) for site in sites}
         with switches.evaluation(model), _added(sites, pairs):
-            losses = self._preheat(model, pairs, data, progress)
+            losses = self._preheat(model, pairs, data, progress, loss_function or summed_loss)
         starts: dict[str, Factors] = {}
         unmoved: list[str] = []
         for site in sites:
@@ -137,6 +144,7 @@ class HRP(TrainedMethod):
         pairs: dict[str, tuple[nn.Module, nn.Module]],
         data: Iterable[Any],
         progress: bool,
+        loss_function: LossFunction,
     ) -> list[float]:
         """Train the pairs in place and return the mean loss of every step."""
         parameters = [offset.trained_factor(module) for pair in pairs.values() for module in pair]
@@ -147,7 +155,7 @@ class HRP(TrainedMethod):
         bar = tqdm(desc="preheating", total=self.steps, disable=not progress, leave=False)
         for step, batch in enumerate(itertools.islice(batches, self.steps)):
             with torch.enable_grad():
-                loss, terms = summed_loss(model, batch)
+                loss, terms = loss_function(model, batch)
                 loss = loss / terms
             if not torch.isfinite(loss):
                 raise NonFiniteError(f"hrp: the loss is {float(loss)} at preheating step {step}")

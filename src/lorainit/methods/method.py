@@ -16,6 +16,7 @@ from ..adapter.sites import LoraSite
 from ..catalog import MethodInfo, Product
 from ..errors import LoraInitError, UnsupportedLayerError
 from ..statistics import LayerStatistics, Request
+from ..statistics.batches import LossFunction
 
 Comparison = Literal["proxy", "pairs"]
 
@@ -118,7 +119,14 @@ class TrainedMethod(Method):
 
     @abc.abstractmethod
     def fit(
-        self, model: nn.Module, sites: Sequence[LoraSite], data: Iterable[Any], *, seed: int, progress: bool
+        self,
+        model: nn.Module,
+        sites: Sequence[LoraSite],
+        data: Iterable[Any],
+        *,
+        seed: int,
+        progress: bool,
+        loss_function: LossFunction | None = None,
     ) -> Fit:
         """Train for a few steps and return the factors; the model, its adapters included, is left as it was.
 
@@ -128,6 +136,8 @@ class TrainedMethod(Method):
             data: batches as the model takes them; it may be iterated more than once.
             seed: of everything random.
             progress: show a progress bar.
+            loss_function: (model, batch) -> (summed loss, number of terms), where the caller has another loss than the
+                model's own.
 
         Raises:
             LoraInitError: the data or the model do not allow it.

@@ -19,6 +19,7 @@ from ..machine import sharding
 from ..machine.processes import Processes
 from ..methods import Method
 from ..methods.auto import Auto, Choice
+from ..statistics.batches import LossFunction
 from ..statistics.storage import Storage
 from .budget import RankRule, Rule, rank_rule
 
@@ -44,6 +45,7 @@ class Call:
     match_lr: bool | Literal["curvature"]
     processes: Processes
     progress: bool
+    loss_function: LossFunction | None = None
     chosen: Choice | None = None
 
     def __post_init__(self) -> None:
@@ -93,7 +95,13 @@ def choose(call: Call) -> Call:
 
         most = call.max_batches or 8
         found = diagnose(
-            call.model, data, adapter_name=call.adapter_name, max_batches=most, bootstrap=0, seed=call.seed
+            call.model,
+            data,
+            adapter_name=call.adapter_name,
+            max_batches=most,
+            bootstrap=0,
+            seed=call.seed,
+            loss_function=call.loss_function,
         )
         features = {name: value for name, value in found.to_dict().items() if isinstance(value, float)}
     choice = auto.choose(features, with_data=data is not None)

@@ -71,6 +71,11 @@ class Calibration:
         self._request = _sums_to_collect(call)
         if self._request is not None and call.cache is not None and call.memory_budget is not None:
             raise LoraInitError("cache keeps the statistics of all layers together: it does not go with memory_budget")
+        gradients = self._request is not None and self._request.needs_gradients
+        if call.cache is not None and gradients and call.loss_function is not None:
+            raise LoraInitError(
+                "cache knows statistics by model and data, not by loss: leave out cache or loss_function"
+            )
 
     def groups(self, sites: list[LoraSite]) -> Iterator[Group]:
         """Run the data and yield the layers in groups whose statistics fit the memory budget.
@@ -224,6 +229,8 @@ def usable_batches(
 def _sums_to_collect(call: Call) -> Request | None:
     """Return what is to be collected for the method, with the ranks given by the rule; None: nothing."""
     request = call.method.request and call.method.request.seeded(call.seed)
-    if call.rule.rule != "fixed" and request is not None:  # the worth of every component, not of the leading ones
-        return dataclasses.replace(request, sketch=None)
-    return request
+    if request is None:
+        return None
+    if call.rule.rule != "fixed":  # the worth of every component, not of the leading ones
+        request = dataclasses.replace(request, sketch=None)
+    return dataclasses.replace(request, loss_function=call.loss_function)

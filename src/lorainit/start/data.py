@@ -34,7 +34,7 @@ class Batches(NamedTuple):
         loss_function: the loss that goes with them; None for the model's own.
     """
 
-    data: Iterable[Any]
+    data: Any
     loss_function: LossFunction | None = None
 
 

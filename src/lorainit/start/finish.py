@@ -57,7 +57,14 @@ def adjust(plan: Plan, sums: Sums, written: Written, scalings: Scalings | None) 
     if call.match_lr == "curvature":
         assert call.data is not None and scalings is not None  # checked before
         bounded, details["curvature"] = match_rate.by_curvature(
-            call.model, started, rows, call.data, scalings.by_layer, max_batches=call.max_batches, seed=call.seed
+            call.model,
+            started,
+            rows,
+            call.data,
+            scalings.by_layer,
+            max_batches=call.max_batches,
+            seed=call.seed,
+            loss_function=call.loss_function,
         )
         rows |= bounded
     return Started(rows, written.refused, (*sums.calibration.remarks, *trained.warnings), details)

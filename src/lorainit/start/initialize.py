@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from .budget import RankRule, Rule
 from .call import Call, as_integer, choose
 from .checks import ordinary_tensors
 from .collect import collect
+from .data import Batches, as_batches, summed
 from .find import find
 from .finish import adjust, finish
 from .solve import solve
@@ -39,7 +40,11 @@ def initialize(
     model: nn.Module,
     method: str | Method,
     *,
-    data: Iterable[Any] | None = None,
+    data: Any | None = None,
+    processing: Any | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    batch_size: int = 8,
+    loss_function: Callable[[nn.Module, Any], Any] | None = None,
     adapter_name: str = "default",
     seed: int = 0,
     base: Literal["auto", "offset", "keep", "subtract"] = "auto",
@@ -66,7 +71,17 @@ def initialize(
         model: a `peft.PeftModel`, or any module that holds PEFT LoRA layers (Transformers' and Diffusers'
             ``add_adapter``).
         method: a name (see `lorainit.available`) or a method object such as ``lorainit.PiSSA(exact=True)``.
-        data: batches as the model takes them, for methods that need them; the data-free methods leave it untouched.
+        data: for methods that need data; the data-free ones leave it untouched. Batches as the model takes them (a
+            DataLoader, a list, an iterator, one batch alone); or rows: strings, dictionaries with ``text``,
+            ``messages``, ``prompt`` and ``completion``, or tokenized, in a list, a `datasets.Dataset` or
+            ``IterableDataset``, or a map-style data set; or a Trainer, whose training batches and loss are taken.
+        processing: the tokenizer or processor for rows: it makes tokens of text and pads rows.
+        collate_fn: makes a batch of a list of rows, instead.
+        batch_size: how many rows make a batch.
+        loss_function: (model, batch) -> mean loss, where the loss is not the model's own: DPO, a reward, diffusion, a
+            contrastive loss. It is averaged over the rows of all batches. One that returns (summed loss, number of
+            terms) is averaged over its terms. For starts from gradients or from a short training, and for
+            ``match_lr="curvature"``.
         adapter_name: which adapter to start.
         seed: of everything random in the start, an integer. Each layer draws from its own stream, keyed by its name.
         base: what to do about BA ≠ 0. ``"offset"`` runs y = Wx + s(BA − B₀A₀)x with B₀A₀ frozen, exactly a no-op at
@@ -125,10 +140,15 @@ def initialize(
     processes = Processes(process_group)
     # what is outermost knows of the errors of other processes, too
     with _outside_inference_mode(), all_or_nothing() as undo, processes.failing_together():
+        asked = get_method(method)
+        read = Batches(data)
+        if data is not None and (asked.wants_data or match_lr == "curvature"):
+            read = as_batches(data, processing=processing, collate_fn=collate_fn, batch_size=batch_size)
         call = Call(
             model=unwrapped(model),
-            asked=get_method(method),
-            data=data,
+            asked=asked,
+            data=read.data,
+            loss_function=read.loss_function if loss_function is None else summed(loss_function),
             adapter_name=adapter_name,
             seed=as_integer("seed", seed),
             base=base,

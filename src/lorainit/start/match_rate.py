@@ -13,6 +13,7 @@ from ..adapter import scaling
 from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
 from ..report import LayerReport
+from ..statistics.batches import LossFunction
 
 _BATCHES = 8
 CHANCE = 0.2  # so far below 1 may a ratio be between two draws of vanilla's own start
@@ -39,6 +40,7 @@ def by_curvature(
     *,
     max_batches: int | None,
     seed: int,
+    loss_function: LossFunction | None = None,
 ) -> tuple[dict[str, LayerReport], dict[str, float]]:
     """Give all layers a smaller scale where the loss is nearer to instability than with vanilla's start.
 
@@ -52,6 +54,7 @@ def by_curvature(
         scalings: the user's, which vanilla has, by layer.
         max_batches: use at most so many batches, and eight at most.
         seed: of vanilla's start and the eigenvalue's first vector.
+        loss_function: (model, batch) -> (summed loss, number of terms); default: the model's own loss.
 
     Returns:
         The rows, and what was found: ``sharpness``, ``vanilla_sharpness`` and the ``ratio`` that all layers were given.
@@ -63,7 +66,8 @@ def by_curvature(
     from ..diagnostics.learning_rate import sharpness_beside_vanilla
 
     kept = [site for site in sites if rows[site.name].rank > 0]
-    loss = AdapterLoss(model, kept, data, max_batches=min(max_batches or _BATCHES, _BATCHES))
+    most = min(max_batches or _BATCHES, _BATCHES)
+    loss = AdapterLoss(model, kept, data, max_batches=most, loss_function=loss_function)
     here, vanilla = sharpness_beside_vanilla(loss, kept, scalings, seed=seed)
     ratio = math.sqrt(vanilla / here)
     ratio = ratio if ratio < 1 - CHANCE else 1.0

@@ -26,7 +26,8 @@ def fit(call: Call, sites: list[LoraSite], batches: Iterable[Any] | None) -> Fit
     if not (isinstance(method, TrainedMethod) and sites):
         return Fit({}, {})
     together = _together(method, batches, processes)
-    fit = method.fit(call.model, sites, together, seed=call.seed, progress=call.progress)
+    more = {} if call.loss_function is None else {"loss_function": call.loss_function}
+    fit = method.fit(call.model, sites, together, seed=call.seed, progress=call.progress, **more)
     if processes.size == 1:
         return fit
     first = {name: (None, factors) for name, factors in fit.starts.items()} if processes.rank == 0 else {}

@@ -209,7 +209,7 @@ def loss_of_output(output: Any, model: nn.Module, batch: Any) -> tuple[Tensor, i
     if terms is None or loss is None:
         raise LoraInitError(
             f"this method needs gradients, hence a loss: the batch ({describe(batch)}) must hold 'labels' and the "
-            "model must return a loss; or pass loss_function=(model, batch) -> (summed loss, number of terms)"
+            "model must return a loss; or pass loss_function=(model, batch) -> mean loss"
         )
     return loss * terms, terms
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from ..adapter.sites import LoraSite
-from .batches import MaskKind
+from .batches import LossFunction, MaskKind
 
 INPUT_STREAMS = frozenset({"input_second_moment", "input_sum", "input_magnitude", "input_sketch", "input_energy"})
 WEIGHT_GRADIENT_STREAMS = frozenset({"weight_gradient", "odd_weight_gradient", "gradient_range", "gradient_corange"})
@@ -58,6 +58,7 @@ class Request:
         dtype: of the sums.
         samples: use the first so many rows of the data; None for all.
         sketch: collect sketches instead of the input second moment and the weight gradient, where layers are large.
+        loss_function: (model, batch) -> (summed loss, number of terms) for the gradients; None for the model's own.
     """
 
     streams: frozenset[str]
@@ -66,6 +67,7 @@ class Request:
     dtype: torch.dtype = torch.float32
     samples: int | None = None
     sketch: Sketch | None = None
+    loss_function: LossFunction | None = None
 
     @property
     def needs_gradients(self) -> bool:

@@ -152,7 +152,7 @@ class Watch:
         Args:
             batches: as the model takes them.
             passes: how the model runs; default: this process holds it whole.
-            loss_function: (model, batch) -> (summed loss, number of terms); default: the model's own loss.
+            loss_function: (model, batch) -> (summed loss, number of terms); default: the request's, else the model's.
             micro_batch: so many rows at a time; None: the whole batch. One row at a time where the loss is a mean over
                 rows, or where the row or the padding of an expert's tokens has to be known.
 
@@ -168,7 +168,7 @@ class Watch:
             self._counts = counts or _NOTHING
             # in step with others, this one runs a backward where they do
             if self.request.needs_gradients and (self._counts.gradients or self._passes.in_step):
-                self._forward_backward(part, loss_function)
+                self._forward_backward(part, loss_function or self.request.loss_function)
             else:
                 with torch.no_grad(), contextlib.suppress(_LastLayerSeen), self._passes.running():
                     forward(self.model, part)
@@ -259,7 +259,7 @@ class Watch:
 
     def _forward_backward(self, batch: Any, loss_function: LossFunction | None) -> None:
         with torch.enable_grad():
-            loss, terms = self._loss(batch) if loss_function is None else loss_function(self.model, batch)
+            loss, terms = self._loss(batch, loss_function)
         self._inputs.clear()  # from here on an input lives as long as the graph needs it
         if self._counts.gradients and terms == 0:
             raise LoraInitError(f"a calibration batch ({describe(batch)}) has no label that counts: all are -100")
@@ -277,9 +277,11 @@ class Watch:
         for statistics in self.statistics.values():
             statistics.labels += terms if self._counts.gradients else 0
 
-    def _loss(self, batch: Any) -> tuple[Tensor, int]:
-        """Return the model's own summed loss, and the number of its terms."""
+    def _loss(self, batch: Any, loss_function: LossFunction | None) -> tuple[Tensor, int]:
+        """Return the summed loss, the model's own unless there is another, and the number of its terms."""
         with self._passes.running():
+            if loss_function is not None:
+                return loss_function(self.model, batch)
             output = forward(self.model, batch)
         return loss_of_output(output, self.model, batch)
 
