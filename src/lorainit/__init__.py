@@ -59,6 +59,7 @@ if TYPE_CHECKING:  # what type checkers read; tests/test_package.py holds it aga
     from .saving.checkpoint import merge as merge
     from .saving.checkpoint import save_pretrained as save_pretrained
     from .start.budget import RankRule as RankRule
+    from .start.callback import StartCallback as StartCallback
     from .start.initialize import initialize as initialize
 else:
     # Names are imported when they are first asked for: `lorainit --help` does not wait for torch. The classes of the
@@ -75,6 +76,7 @@ else:
         "report": ("InitReport", "LayerReport"),
         "saving.checkpoint": ("export", "load", "merge", "save_pretrained"),
         "start.budget": ("RankRule",),
+        "start.callback": ("StartCallback",),
         "start.initialize": ("initialize",),
         "version": ("__version__",),
     }

@@ -48,7 +48,7 @@ def refused(case, method, data, error, message, **options):
         pytest.param([], "not a single batch", id="no batch"),
         pytest.param([{"wrong": torch.zeros(1, 2)}], r"refuses a calibration batch \(wrong\[1, 2\]\)", id="refused"),
         pytest.param([{"input_ids": None}], "holds no tensor", id="no tensor"),
-        pytest.param([{"input_ids": torch.ones(4, dtype=torch.long)}], r"\(input_ids\[4\]\) is one row", id="one row"),
+        pytest.param({"input_ids": torch.ones(4, dtype=torch.long)}, r"\(input_ids\[4\]\) is one row", id="one row"),
         pytest.param(
             [{"input_ids": torch.tensor([[1, cases.VOCAB]])}], "refuses a calibration batch", id="no such token"
         ),

@@ -19,9 +19,11 @@ from ..machine import sharding
 from ..machine.processes import Processes
 from ..methods import Method
 from ..methods.auto import Auto, Choice
+from ..methods.method import TrainedMethod
 from ..statistics.batches import LossFunction
 from ..statistics.storage import Storage
 from .budget import RankRule, Rule, rank_rule
+from .data import as_batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +108,29 @@ def choose(call: Call) -> Call:
         features = {name: value for name, value in found.to_dict().items() if isinstance(value, float)}
     choice = auto.choose(features, with_data=data is not None)
     return dataclasses.replace(call, chosen=choice, match_lr=call.match_lr or choice.match_lr)
+
+
+def with_batches(call: Call, **options: Any) -> Call:
+    """Return the call with batches of its data, whatever form they have; as it is if nothing reads them.
+
+    Args:
+        call: the call.
+        options: ``processing``, ``collate_fn`` and ``batch_size`` of `lorainit.start.data.as_batches`.
+    """
+    if call.data is None or not (call.asked.wants_data or call.match_lr == "curvature"):
+        return call
+    read = as_batches(call.data, gradients=_needs_loss(call), **options)
+    return dataclasses.replace(call, data=read.data, loss_function=call.loss_function or read.loss_function)
+
+
+def _needs_loss(call: Call) -> bool:
+    """Say whether the loss of batches is needed: for gradients, to train by, or for its curvature."""
+    method = call.asked
+    if call.match_lr == "curvature" or isinstance(method, Auto):
+        return True
+    if isinstance(method, TrainedMethod):
+        return "backward" in method.info.needs
+    return method.request is not None and method.request.needs_gradients
 
 
 def as_integer(name: str, value: Any) -> int:

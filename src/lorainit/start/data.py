@@ -45,6 +45,7 @@ def as_batches(
     collate_fn: Collate | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    gradients: bool = True,
 ) -> Batches:
     """Make batches of the data, whatever form they have.
 
@@ -57,12 +58,13 @@ def as_batches(
         collate_fn: makes a batch of a list of rows.
         batch_size: how many rows make a batch.
         max_length: longer rows of text are cut; default: what the tokenizer says.
+        gradients: a loss is needed: a Trainer's batches go with its loss. Else they go through the model as it is.
 
     Raises:
         LoraInitError: data that are none of these; the message shows what to write.
     """
     if hasattr(data, "get_train_dataloader") and hasattr(data, "compute_loss"):
-        return _of_trainer(data)
+        return _of_trainer(data, gradients)
     if isinstance(data, (str, bytes, Tensor)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise LoraInitError(f"data={_shown(data)} are neither batches nor rows{_WRITE}")
     if isinstance(data, Mapping):
@@ -95,9 +97,8 @@ def _is_row(first: Any) -> bool:
     if not isinstance(first, Mapping):
         return False
     for name, value in first.items():
-        if name in _ROW_DIMS:
-            dims = value.dim() if isinstance(value, Tensor) else _depth(value)
-            return dims <= _ROW_DIMS[name]
+        if name in _ROW_DIMS and (isinstance(value, (list, tuple)) or hasattr(value, "ndim")):
+            return _depth(value) <= _ROW_DIMS[name]
     return any(name in first for name in _TEXTS)
 
 
@@ -223,9 +224,12 @@ class _PaddingCollator:
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
 
 
-def _of_trainer(trainer: Any) -> Batches:
+def _of_trainer(trainer: Any, gradients: bool) -> Batches:
     """Return a Trainer's own training batches and loss."""
     from transformers import Trainer
+
+    if not gradients and hasattr(trainer, "collect_features"):  # sentence-transformers: columns of several sentences
+        return Batches(_Features(trainer))
 
     plain = type(trainer).compute_loss is Trainer.compute_loss
     smoothed = getattr(trainer, "label_smoother", None) or getattr(trainer, "compute_loss_func", None)
@@ -253,6 +257,19 @@ class _TrainerBatches:
         if loader in prepared:
             prepared.remove(loader)
         return iter(loader)
+
+
+class _Features:
+    """The sentences of a sentence-transformers trainer, one column at a time, as its model takes them."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read them from the first one on."""
+        for batch in _TrainerBatches(self._trainer):
+            for features in self._trainer.collect_features(batch)[0]:
+                yield {"input": {name: value for name, value in features.items() if isinstance(value, Tensor)}}
 
 
 def summed(loss_function: Callable[[nn.Module, Any], Any]) -> LossFunction:

@@ -23,10 +23,10 @@ from ..numerics.seeds import layer_generator
 from ..report import InitReport
 from ..statistics.storage import Offload, Storage
 from .budget import RankRule, Rule
-from .call import Call, as_integer, choose
+from .call import Call, as_integer, choose, with_batches
 from .checks import ordinary_tensors
 from .collect import collect
-from .data import Batches, as_batches, summed
+from .data import summed
 from .find import find
 from .finish import adjust, finish
 from .solve import solve
@@ -140,15 +140,11 @@ def initialize(
     processes = Processes(process_group)
     # what is outermost knows of the errors of other processes, too
     with _outside_inference_mode(), all_or_nothing() as undo, processes.failing_together():
-        asked = get_method(method)
-        read = Batches(data)
-        if data is not None and (asked.wants_data or match_lr == "curvature"):
-            read = as_batches(data, processing=processing, collate_fn=collate_fn, batch_size=batch_size)
         call = Call(
             model=unwrapped(model),
-            asked=asked,
-            data=read.data,
-            loss_function=read.loss_function if loss_function is None else summed(loss_function),
+            asked=get_method(method),
+            data=data,
+            loss_function=None if loss_function is None else summed(loss_function),
             adapter_name=adapter_name,
             seed=as_integer("seed", seed),
             base=base,
@@ -165,6 +161,7 @@ def initialize(
             progress=progress,
         )
         with _turn(processes), ordinary_tensors(call.model), _own_draws(call.model, call.seed):
+            call = with_batches(call, processing=processing, collate_fn=collate_fn, batch_size=batch_size)
             return _initialize(call, undo)
 
 

@@ -11,7 +11,8 @@ changes is not reached by the tokens, and their mask says nothing about it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -33,7 +34,11 @@ _OWN_SHARE = 0.99  # of all change, what lies on the row's own positions
 
 
 def find_layouts(
-    model: nn.Module, sites: Sequence[LoraSite], batch: Any, tokens: Mapping[str, int]
+    model: nn.Module,
+    sites: Sequence[LoraSite],
+    batch: Any,
+    tokens: Mapping[str, int],
+    run: Callable[[Any], object] | None = None,
 ) -> dict[str, Layout]:
     """Run the model on a few rows of a batch, and once more with one row's tokens replaced; compare what layers get.
 
@@ -42,6 +47,7 @@ def find_layouts(
         sites: the layers to watch; experts of a stack are left out.
         batch: as the model takes it; with tokens to replace.
         tokens: how many tokens a row's mask names, by layer; layers that no mask is about may be missing.
+        run: runs the model on a batch; default: `lorainit.statistics.batches.forward`.
 
     Returns:
         The layout of each layer that ran; of none if the batch names no tokens that could be replaced.
@@ -51,7 +57,8 @@ def find_layouts(
     changed = _other_tokens(model, rows, row)
     if changed is None:
         return {}
-    before, after = _inputs(model, sites, rows), _inputs(model, sites, changed)
+    run = run or functools.partial(forward, model)
+    before, after = _inputs(sites, rows, run), _inputs(sites, changed, run)
     found: dict[str, Layout] = {}
     for name in before.keys() & after.keys():
         changes = [_change(a, b) for a, b in zip(before[name], after[name], strict=False)]
@@ -135,7 +142,7 @@ def _special_tokens(model: nn.Module) -> Tensor:
     return torch.tensor(sorted(ids), dtype=torch.long)
 
 
-def _inputs(model: nn.Module, sites: Sequence[LoraSite], batch: Any) -> dict[str, list[Tensor]]:
+def _inputs(sites: Sequence[LoraSite], batch: Any, run: Callable[[Any], object]) -> dict[str, list[Tensor]]:
     """Return, for each call of each layer, the sums over its input's features, one a position (2 × positions)."""
     found: dict[str, list[Tensor]] = {}
 
@@ -148,7 +155,7 @@ def _inputs(model: nn.Module, sites: Sequence[LoraSite], batch: Any) -> dict[str
         return hook
 
     with _hooked({site.base_layer: note(site.name) for site in sites}), torch.no_grad():
-        forward(model, batch)
+        run(batch)
     return found
 
 

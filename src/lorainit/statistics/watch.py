@@ -171,7 +171,7 @@ class Watch:
                 self._forward_backward(part, loss_function or self.request.loss_function)
             else:
                 with torch.no_grad(), contextlib.suppress(_LastLayerSeen), self._passes.running():
-                    forward(self.model, part)
+                    self._run_model(part, loss_function or self.request.loss_function)
             self._calls_at_first = self._calls_at_first or self._calls.copy()
             for statistics in self.statistics.values():
                 statistics.sequences += self._counts.rows
@@ -217,7 +217,9 @@ class Watch:
         tokens = {name: mask.numel() // count_rows(batch) for name, mask in named.items() if mask is not None}
         self._idle = True
         try:
-            self._layouts = find_layouts(self.model, sites, batch, tokens)
+            self._layouts = find_layouts(
+                self.model, sites, batch, tokens, run=lambda rows: self._run_model(rows, self.request.loss_function)
+            )
         except LoraInitError:  # the model refuses the batch: its own pass will say so of the whole batch
             return
         finally:
@@ -276,6 +278,13 @@ class Watch:
             self._in_backward = False
         for statistics in self.statistics.values():
             statistics.labels += terms if self._counts.gradients else 0
+
+    def _run_model(self, batch: Any, loss_function: LossFunction | None) -> None:
+        """Run the model on a batch, as the loss does where there is one of the caller's."""
+        if loss_function is None:
+            forward(self.model, batch)
+        else:
+            loss_function(self.model, batch)
 
     def _loss(self, batch: Any, loss_function: LossFunction | None) -> tuple[Tensor, int]:
         """Return the summed loss, the model's own unless there is another, and the number of its terms."""
