@@ -34,7 +34,7 @@ def row(rank, base="offset", scaling=1.0):
         ([row(64, "keep")], None),
         ([row(8), row(0, "none")], None),
         ([row(8), row(8, "none")], "layers differ in rank or scaling .rank 8 at s = 1, rank 16 at s = 1"),
-        ([row(8, scaling=2.0), row(8)], "layers differ .*one lora_alpha for all"),
+        ([row(8, scaling=2.0), row(8)], "layers differ .*one rank and one scaling for all"),
     ],
 )
 def test_remarks(rows, expected):

@@ -9,7 +9,12 @@ from .command import Command
 
 
 def export_adapter(
-    source: str, output: str, rank: int | None = None, merge: bool = False, model: str | None = None
+    source: str,
+    output: str,
+    rank: int | None = None,
+    merge: bool = False,
+    model: str | None = None,
+    uniform: bool = False,
 ) -> None:
     """Turn a checkpoint into a plain adapter, exact or truncated, or merge it into its base.
 
@@ -19,9 +24,10 @@ def export_adapter(
         rank: truncate every layer's update to this rank.
         merge: write the merged model instead of an adapter.
         model: base for merging; default: the one the adapter names.
+        uniform: write one rank and one alpha for all layers, the form that every server reads.
     """
-    if merge and rank is not None:
-        raise LoraInitError("rank and merge exclude each other: a merged model has no rank")
+    if merge and (rank is not None or uniform):
+        raise LoraInitError("merge excludes rank and uniform: a merged model has no adapter")
     if merge:
         from ..train.merge import merge_folder
 
@@ -32,7 +38,7 @@ def export_adapter(
 
         from ..saving import checkpoint
 
-        errors = checkpoint.export(source, output, rank=rank)
+        errors = checkpoint.export(source, output, rank=rank, uniform=uniform)
         if rank is not None:
             table = Table("layer", "relative error", title=f"truncated to rank {rank}")
             for name, error in errors.items():
@@ -43,8 +49,10 @@ def export_adapter(
 
 def _add_options(parser: Any) -> None:
     parser.add_argument("source", type=str, help="adapter folder, for example a Trainer checkpoint")
-    parser.add_function_arguments(export_adapter, as_group=False, skip={"source", "merge"})
+    parser.add_function_arguments(export_adapter, as_group=False, skip={"source", "merge", "uniform"})
     parser.add_argument("--merge", action="store_true", help="write the merged model instead of an adapter")
+    what = "write one rank and one alpha for all layers, the form that every server reads"
+    parser.add_argument("--uniform", action="store_true", help=what)
 
 
 COMMAND = Command(export_adapter, _add_options)

@@ -51,6 +51,7 @@ from .folder import (
     read_provenance,
     write_folder,
 )
+from .uniform import make_uniform
 
 
 def save_pretrained(
@@ -59,6 +60,7 @@ def save_pretrained(
     *,
     adapter_name: str = "default",
     rank: int | None = None,
+    uniform: bool = False,
 ) -> dict[str, float]:
     """Save the adapter as ONE plain LoRA for the original base; PEFT, vLLM, ... load it without lorainit.
 
@@ -72,6 +74,8 @@ def save_pretrained(
         rank: truncate every layer's update to this rank (best approximation, from the factors alone). Default: exact,
             which is rank r, or 2r for layers that started in offset form. Layers whose factors are not one pair
             (embeddings, 3-D experts, grouped convolutions) keep theirs.
+        uniform: one rank, one ``lora_alpha``, no rsLoRA and no patterns, the form that every server reads the same way:
+            each layer's scaling goes into B, lower ranks are filled up with zeros. The update stays the same.
 
     Returns:
         {layer name: relative Frobenius error of its update}; zeros unless truncated.
@@ -113,6 +117,8 @@ def save_pretrained(
     plain.base_model_name_or_path = source
     if plain.task_type is None:  # what PEFT's Auto classes go by then
         plain.auto_mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    if uniform:
+        tensors, plain = make_uniform(tensors, plain, ranks)
     start = config.__dict__.get("_provenance", {}).get("start")
     form = "exact" if rank is None else "truncated"
     write_folder(Path(save_directory), tensors, plain, provenance(form=form, start=start, relative_error=errors))
@@ -122,7 +128,11 @@ def save_pretrained(
 
 
 def export(
-    source: str | os.PathLike[str], save_directory: str | os.PathLike[str], *, rank: int | None = None
+    source: str | os.PathLike[str],
+    save_directory: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    uniform: bool = False,
 ) -> dict[str, float]:
     """Turn an adapter folder (a Trainer checkpoint, say) into a plain adapter folder, without the model.
 
@@ -130,6 +140,7 @@ def export(
         source: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         save_directory: where to write.
         rank: truncate every layer's update to this rank, as `save_pretrained` does; default: exact.
+        uniform: one rank and one scaling for all layers, as `save_pretrained` writes it.
 
     Returns:
         {layer name: relative Frobenius error of its update}.
@@ -168,7 +179,10 @@ def export(
     errors |= _write_pairs(pairs, rank, tensors, ranks)
     form = "exact" if rank is None else "truncated"
     final = provenance(form=form, start=record.get("start"), relative_error=errors)
-    write_folder(Path(save_directory), tensors, plain_config(config, ranks), final)
+    plain = plain_config(config, ranks)
+    if uniform:
+        tensors, plain = make_uniform(tensors, plain, ranks)
+    write_folder(Path(save_directory), tensors, plain, final)
     return errors
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..adapter import scaling
 from ..adapter.scaling import Scalings
+from ..adapter.sites import adapter_config
 from ..machine.cost import Cost
 from ..report import InitReport, LayerReport
 from ..saving import checkpoint, serving
@@ -91,6 +92,7 @@ def finish(plan: Plan, started: Started, cost: Cost, scalings: Scalings | None) 
         if name in unsupported
     }
     rows = started.rows | left
+    config = adapter_config(call.model, call.adapter_name)
     report = InitReport(
         method=call.asked.info.name,
         status=call.method.info.status,
@@ -102,7 +104,7 @@ def finish(plan: Plan, started: Started, cost: Cost, scalings: Scalings | None) 
         seconds=cost.seconds,
         peak_bytes=cost.peak_bytes,
         ranks={name: as_json(value) for name, value in dataclasses.asdict(call.rule).items()},
-        warnings=(*started.warnings, *serving.remarks(started.rows.values())),
+        warnings=(*started.warnings, *serving.remarks(started.rows.values(), config)),
         details=started.details,
     )
     scaling.finish(call.model, call.adapter_name, scalings)
