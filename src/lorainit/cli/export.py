@@ -27,7 +27,7 @@ def export_adapter(
         uniform: write one rank and one alpha for all layers, the form that every server reads.
     """
     if merge and (rank is not None or uniform):
-        raise LoraInitError("merge excludes rank and uniform: a merged model has no adapter")
+        raise LoraInitError("merge and rank or uniform exclude each other: a merged model has no adapter")
     if merge:
         from ..train.merge import merge_folder
 
