@@ -238,12 +238,12 @@ def provenance(seconds: float) -> dict[str, Any]:
 
 
 def page(runs: list[dict[str, Any]], base: dict[str, float], tables: list[Any], about: dict[str, Any]) -> str:
-    loss, best = grid(runs, "curve").mean(2), best_rates(runs)  # starts × rates × points
+    loss, best = grid(runs, "curve").swapaxes(2, 3), best_rates(runs)  # starts × rates × points × seeds
     steps, accuracy = range(0, STEPS + 1, EVALUATE_EVERY), grid(runs, "test_accuracy").mean(2).max()
     rows = [[example["pixel_values"][0] for example in digits(rotated=r)["train"][:10]] for r in (False, True)]
     return digits_page.render(
         pictures=digits_page.pictures(rows),
-        by_rate=digits_page.chart(STARTS, RATES, loss[..., -1], "learning rate"),
+        by_rate=digits_page.chart(STARTS, RATES, loss[:, :, -1], "learning rate"),
         own_rate=digits_page.chart(STARTS, steps, loss[np.arange(len(STARTS)), best], "step"),
         vanilla_rate=digits_page.chart(STARTS, steps, loss[:, best[0]], "step"),
         results=digits_page.table(*tables[0]),

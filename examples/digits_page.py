@@ -31,12 +31,21 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 
 def chart(names: Sequence[str], x: Sequence[float], lines: np.ndarray, xlabel: str) -> str:
-    """Return an SVG of the validation loss: one line a name, labelled at its right end."""
+    """Return an SVG of the validation loss: one line a name, labelled at its right end.
+
+    Args:
+        names: of the lines.
+        x: where they have points.
+        lines: names × points × seeds; drawn are the mean of the seeds and, as a bar, their range.
+        xlabel: of the axis.
+    """
+    lines, seeds = lines.mean(-1), lines
     figure, axis = plt.subplots(figsize=(4, 3.7), layout="constrained")
     axis.set(xlabel=xlabel, ylabel="validation loss", yscale="log", xscale="log" if x[0] else "linear")
     places = np.exp(spread(np.log(lines[:, -1]), gap=0.055 * np.ptp(np.log(lines))))
-    for name, y, place, (color, dashes, marker) in zip(names, lines, places, LINES, strict=True):
-        axis.plot(x, y, color=color, linestyle=dashes, marker=marker, markersize=4.5, linewidth=1.4)
+    for name, y, runs, place, (color, dashes, marker) in zip(names, lines, seeds, places, LINES, strict=True):
+        bars = {"yerr": (y - runs.min(-1), runs.max(-1) - y), "elinewidth": 0.8, "capsize": 2}
+        axis.errorbar(x, y, **bars, color=color, linestyle=dashes, marker=marker, markersize=4.5, linewidth=1.4)
         leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
         label = {"textcoords": axis.get_yaxis_transform(), "verticalalignment": "center", "arrowprops": leader}
         axis.annotate(name, (x[-1], y[-1]), (1.06, place), color=color, **label)
@@ -136,6 +145,7 @@ $results
   the start.</p>
 
 <h2>Loss on the validation split</h2>
+<p>Points are means of $seeds seeds, bars reach from the lowest to the highest of them.</p>
 <div class="charts">
   <figure><figcaption><b>What was tuned.</b> Loss after $steps steps, by learning rate.</figcaption>$by_rate</figure>
   <figure><figcaption><b>Each start at its own best rate.</b> All six leave from the loss of the base.</figcaption>
