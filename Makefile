@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 
 demo: $(VENV)/.done  ## pretrain a small ViT, adapt it from six starts, write demo-out/index.html (under 3 minutes)
 	$(BIN)/python examples/digits.py --output demo-out
@@ -22,6 +22,14 @@ lint: $(VENV)/.done  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: .venv-docs/.done  ## the site, strictly: site/index.html; an environment of its own, without torch
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet --clean
+
+.venv-docs/.done: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
+
 # torch first and alone: the pinned version, before anything else can ask for a newer one
 $(VENV)/.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "lorainit needs Python 3.10 or newer: make PYTHON=..."'
@@ -31,4 +39,4 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo-out runs
+	rm -rf $(VENV) .venv-docs demo-out runs site

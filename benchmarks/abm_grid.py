@@ -42,7 +42,8 @@ import lorainit
 from lorainit.machine.lock import taken as lock_file
 from lorainit.tables.controls import CONTROLS
 from lorainit.tasks import DataOptions
-from lorainit.train.run import Calibration, Recipe, start, train
+from lorainit.train.recipe import Calibration, Recipe
+from lorainit.train.run import start, train
 
 RESULTS, SCRATCH, PAGE = Path("benchmarks/results/abm"), Path("runs/abm_grid"), Path("docs/abm.md")
 SEEDS = (0, 1, 2)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from lorainit.start.budget import RankRule
 from lorainit.tasks import DataOptions
-from lorainit.train.run import Calibration, Recipe, train
+from lorainit.train.recipe import Calibration, Recipe
+from lorainit.train.run import train
 
 RESULTS = Path("benchmarks/results/choices")
 TEXTS = {"tinystories": "pretrain/tinystories_lowercase", "gsm8k": "instruct/gsm8k"}

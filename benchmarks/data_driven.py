@@ -39,7 +39,7 @@ from lorainit.machine import cost, provenance
 from lorainit.numerics.sketches import column_rounding, nystrom
 from lorainit.numerics.sketches import test_matrix as make_test
 from lorainit.statistics import Request, Sketch, collect
-from lorainit.train.run import resolve_model
+from lorainit.train.model import resolve_model
 
 RANK = 8
 CUT_OFF = 300  # seconds that PEFT's EVA gets

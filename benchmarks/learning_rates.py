@@ -17,10 +17,10 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from lorainit.bench import load, search
+from lorainit.bench.cell_table import Row, cell_tables
 from lorainit.bench.plan import Group, settled
 from lorainit.bench.results import Results
 from lorainit.bench.suite import VANILLA
-from lorainit.bench.table import Row, tables
 from lorainit.bench.trial import trial
 
 SUITE, RESULTS = Path("recipes/bench/learning_rates.yaml"), Path("benchmarks/results/reference")
@@ -69,7 +69,7 @@ class Start:
 def starts() -> list[list[Start]]:
     """Return the starts of every cell whose vanilla has a tuned rate."""
     suite, results = load(SUITE), Results(RESULTS)
-    rows = {(table.cell.name, row.label): row for table in tables(suite, results) for row in table.rows}
+    rows = {(table.cell.name, row.label): row for table in cell_tables(suite, results) for row in table.rows}
     cells: dict[str, list[Start]] = {}
     for group, vanilla in settled(suite, results):
         found = cells.setdefault(group.cell.name, [])

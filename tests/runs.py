@@ -1,13 +1,17 @@
-"""A tiny BERT with its tokenizer and a tiny sentence task as files on disk: what `lorainit train` needs for real."""
+"""Tiny models and tasks as files on disk, and recipes for them: what `lorainit train` needs for real."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from lorainit.train.recipe import Recipe
+
+QUIET = {"disable_tqdm": True, "per_device_train_batch_size": 8, "logging_steps": 1, "use_cpu": True}
 WORDS = ("good", "bad", "film", "plot", "very", "not", "a", "the")
 
 
@@ -109,3 +113,17 @@ def save_images(folder: Path, rows: int = 32, classes: int = 10) -> Path:
         table = Dataset.from_dict({"image": images, "label": labels}, features=features)
         table.to_parquet(str(folder / f"{split}.parquet"))
     return folder
+
+
+def recipe(files: tuple[str, Any], output: Path, **changes: Any) -> Recipe:
+    """Return a recipe of three steps on a tiny BERT and its sentences."""
+    model, data = files
+    steps = changes.pop("steps", 3)
+    fields = {"train": QUIET | {"max_steps": steps, "learning_rate": 1e-2} | changes.pop("train", {})}
+    return Recipe(**({"model": model, "task": "sst2", "data": data, "output": str(output)} | fields | changes))
+
+
+def small(other: dict[str, Any], output: Path, steps: int = 3, **changes: Any) -> Recipe:
+    """Return a recipe of a few steps for a tiny model with its task."""
+    fields = {"train": QUIET | {"max_steps": steps, "learning_rate": 1e-2, "per_device_train_batch_size": 8}}
+    return Recipe(**(other | {"output": str(output)} | fields | changes))

@@ -8,7 +8,7 @@ from pathlib import Path
 from lorainit.bench.suite import MethodEntry, ModelEntry, Search, Suite, TaskEntry
 from lorainit.tasks import DataOptions
 from lorainit.train.diagnose import DiagnosisOptions
-from lorainit.train.run import Calibration
+from lorainit.train.recipe import Calibration
 from runs import save_sentences, save_tiny_bert
 
 SUITE = Suite(

@@ -43,7 +43,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from lorainit.tasks import glue_prompts
-from lorainit.train.run import resolve_model
+from lorainit.train.model import resolve_model
 
 OUTPUT, SCRATCH = Path(__file__).parent / "t5_small_cut", Path("runs/pretrain_t5")
 TRAIN = [

@@ -1,4 +1,4 @@
-"""Gradient checkpointing in evaluation mode: blocks are recomputed, and nothing that training drops is dropped."""
+"""Switches: what a block changes comes back, and checkpointed blocks compute what they would without checkpointing."""
 
 from __future__ import annotations
 
@@ -95,3 +95,41 @@ def test_blocks_are_recomputed_with_the_flag_that_they_had(training, reentrant) 
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def state(model: nn.Module) -> list[object]:
+    flags = [(m.training, getattr(m, "_disable_adapters", None)) for m in model.modules()]
+    return [*flags, *((p.requires_grad, p.grad) for p in model.parameters())]
+
+
+@pytest.mark.parametrize("name", [None, "default"])
+def test_evaluation_runs_one_adapter_or_the_base_and_lets_the_named_parameters_have_gradients(name) -> None:
+    case = cases.LLAMA
+    model = case.adapted()
+    cases.start(model, "loram", base="keep")
+    with model.disable_adapter():
+        base = cases.logits(model.eval(), case.batch())
+    started = cases.logits(model, case.batch())
+    assert not torch.equal(base, started)
+    model.train()
+    model.get_submodule("base_model.model.model.layers.0").eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt), switches.evaluation(model, name, trained[:1]):
+        assert not any(module.training for module in model.modules())
+        assert [p for p in model.parameters() if p.requires_grad] == trained[:1]
+        assert trained[0].grad is None
+        assert torch.equal(cases.logits(model, case.batch()), base if name is None else started)
+        raise KeyboardInterrupt
+    assert state(model) == before
+
+
+def test_a_short_training_in_float32_gives_a_half_precision_adapter_its_gradients_back() -> None:
+    model = cases.LLAMA.adapted(torch.bfloat16, autocast=False)
+    gradients = [torch.ones_like(p) for p in model.parameters() if p.requires_grad]
+    for parameter, gradient in zip([p for p in model.parameters() if p.requires_grad], gradients, strict=True):
+        parameter.grad = gradient
+    cases.start(model, ABMLoRA(layers="all", steps=2), data=cases.LLAMA.batches())
+    assert all(p.grad is g for p, g in zip([p for p in model.parameters() if p.requires_grad], gradients, strict=True))

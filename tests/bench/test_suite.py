@@ -9,11 +9,12 @@ import pytest
 
 from lorainit import LoraInitError
 from lorainit.bench import load
-from lorainit.bench.checks import check_folders
 from lorainit.bench.search import Point
 from lorainit.bench.suite import CONTROLS, MethodEntry, Search, read
+from lorainit.bench.suite_checks import check_folders
 from lorainit.bench.trial import cells, command, located, trial
-from lorainit.cli import _parse, main, train
+from lorainit.cli import _parse, main
+from lorainit.cli.train import train
 from tiny_suite import SUITE
 
 BASE = """
@@ -198,10 +199,10 @@ def test_the_final_seeds_are_compared_unless_the_search_says_which(given, expect
 
 
 def test_a_suite_survives_the_folder_of_results(tmp_path) -> None:
-    from lorainit.bench.results import write_json
-    from lorainit.bench.run import description
+    from lorainit.bench.run_suite import description
+    from lorainit.grids.result_files import write_record
 
-    write_json(tmp_path / "suite.json", description(SUITE))
+    write_record(tmp_path / "suite.json", description(SUITE))
     assert read(tmp_path / "suite.json") == SUITE
 
 
@@ -234,7 +235,7 @@ def test_a_path_below_the_root_needs_one() -> None:
 def test_the_command_repeats_the_recipe(matched) -> None:
     import shlex
 
-    from lorainit.train.run import Recipe
+    from lorainit.train.recipe import Recipe
 
     entry = MethodEntry("exact", method="pissa", options={"exact": True}, lora={"use_rslora": True})
     recipe = cells(SUITE)[0].recipe(entry, Point(0.002, 1, matched=matched))

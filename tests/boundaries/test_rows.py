@@ -8,7 +8,7 @@ from torch import nn
 
 import cases
 from lorainit import LoraInitError
-from lorainit.boundaries.rows import position_mask, put_together, read_rows, without_labels
+from lorainit.boundaries.rows import collate, position_mask, read_rows, without_labels
 
 
 def model(encoder_decoder: bool = False, **config) -> nn.Module:
@@ -30,7 +30,7 @@ def padded(side: str) -> dict[str, torch.Tensor]:
 def test_rows_lose_their_padding_and_get_only_as_much_as_a_batch_needs(side) -> None:
     rows = read_rows([padded(side)], None, model())
     assert [row["input_ids"].tolist() for row in rows] == [[[1, 2, 3]], [[4, 5]], [[6]]]
-    batch = put_together(rows[1:], model())
+    batch = collate(rows[1:], model())
     assert batch["input_ids"].tolist() == [[4, 5], [6, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
     assert batch["labels"].tolist() == [[4, 5], [6, -100]]
@@ -56,26 +56,26 @@ def test_an_encoder_decoders_two_sides_are_cut_apart() -> None:
 
 def test_rows_without_a_mask_get_one_where_their_lengths_differ() -> None:
     rows = [{"input_ids": torch.tensor([[1, 2]])}, {"input_ids": torch.tensor([[3]])}]
-    batch = put_together(rows, model())
+    batch = collate(rows, model())
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
-    assert "attention_mask" not in put_together(rows[:1] * 2, model())
+    assert "attention_mask" not in collate(rows[:1] * 2, model())
 
 
 def test_batches_that_are_no_mappings_are_rows_too() -> None:
     pair = (torch.arange(6.0).reshape(3, 2), torch.arange(3))
     rows = read_rows([pair], None, model())
-    joined = put_together(rows, model())
+    joined = collate(rows, model())
     assert all(torch.equal(a, b) for a, b in zip(joined, pair, strict=True))
-    assert torch.equal(put_together(read_rows([pair[0]], None, model()), model()), pair[0])
+    assert torch.equal(collate(read_rows([pair[0]], None, model()), model()), pair[0])
     with pytest.raises(LoraInitError, match="different shapes"):
-        put_together([torch.ones(1, 2), torch.ones(1, 3)], model())
+        collate([torch.ones(1, 2), torch.ones(1, 3)], model())
 
 
 def test_rows_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(LoraInitError, match="different keys"):
-        put_together([{"a": torch.ones(1, 2)}, {"b": torch.ones(1, 2)}], model())
+        collate([{"a": torch.ones(1, 2)}, {"b": torch.ones(1, 2)}], model())
     with pytest.raises(LoraInitError, match="'pixel_values', which cannot be padded"):
-        put_together([{"pixel_values": torch.ones(1, 3, n, n)} for n in (4, 5)], model())
+        collate([{"pixel_values": torch.ones(1, 3, n, n)} for n in (4, 5)], model())
     with pytest.raises(LoraInitError, match="empty"):
         read_rows([], None, model())
 

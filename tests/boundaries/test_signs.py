@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorainit.boundaries.signs import Store, pack, unpack
+from lorainit.boundaries.signs import TensorCache, pack, unpack
 
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (3, 5, 7), (2, 0, 4), (17, 16)])
@@ -17,7 +17,7 @@ def test_bits_come_back(shape) -> None:
 
 
 def test_what_exceeds_the_budget_goes_to_disk_and_is_removed() -> None:
-    store = Store(budget=10)
+    store = TensorCache(budget=10)
     first, second = torch.arange(8, dtype=torch.uint8), torch.arange(3, 11, dtype=torch.uint8)
     store.put("a", [first])
     store.put("b", [second, first])

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 
 import pytest
+from pages import PAGES, ROOT, blocks, name
 
 from lorainit import cli
-
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(page: str) -> list[str]:
     """The commands in a page's fenced blocks, one line each, with their comments."""
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.strip() for block in blocks(page) for line in block.replace("\\\n", " ").splitlines()]
     return [line for line in lines if line.startswith("lorainit ")]
 
 
-FOUND = [(page.name, command) for page in PAGES for command in commands(page.read_text())]
+FOUND = [(name(page), command) for page in PAGES for command in commands(page.read_text())]
 
 
 def test_commands_are_found_over_several_lines_and_in_fenced_blocks_alone() -> None:
@@ -29,7 +25,8 @@ def test_commands_are_found_over_several_lines_and_in_fenced_blocks_alone() -> N
     page = f"lorainit no\n\n{fenced}`lorainit no`\n\n```\nlorainit b\n```\n"
     found = [shlex.split(command, comments=True) for command in commands(page)]
     assert found == [["lorainit", "train", "--task", "a"], ["lorainit", "b"]]
-    assert {name for name, _ in FOUND} >= {"README.md", "benchmark.md", "evaluation.md"}
+    pages = {name for name, _ in FOUND}
+    assert pages >= {"README.md", "docs/benchmark.md", "docs/evaluation.md", "docs/guides/command_line.md"}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from lorainit.evaluation.annotators import load_annotator
 from lorainit.evaluation.files import read_rows
 from lorainit.evaluation.gsm8k import GSM8K
 from lorainit.evaluation.mt_bench import MTBench
-from lorainit.tables.file import read_table
+from lorainit.tables.table_file import read_table
 
 ROWS = [{"a": "1", "b": "x\u2028y"}, {"a": "2", "b": "z, w"}]
 

@@ -57,7 +57,7 @@ def test_a_lock_falls_with_its_process(tmp_path) -> None:
 
 
 def test_a_second_driver_is_kept_out_of_a_benchmarks_folder(tmp_path) -> None:
-    from lorainit.bench.run import _alone
+    from lorainit.bench.run_suite import _alone
 
     with _alone(tmp_path):
         with pytest.raises(LoraInitError, match=f"another process is at work in {tmp_path}"), _alone(tmp_path):

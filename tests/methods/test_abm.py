@@ -616,7 +616,7 @@ def test_the_callers_no_grad_does_not_reach_the_training() -> None:
     assert_close(factors(other), factors(model), atol=0)
 
 
-@pytest.mark.parametrize("where", ["teach", "losses", "scores", "on_device"])
+@pytest.mark.parametrize("where", ["teacher_outputs", "losses", "scores", "on_device"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("solver", ["gradient", "local"])
 def test_ctrl_c_and_failures_leave_the_model_as_it_was(monkeypatch, where, error, solver) -> None:

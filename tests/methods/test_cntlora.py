@@ -236,7 +236,7 @@ def test_it_is_labelled_a_reconstruction_and_says_what_it_does_to_the_function()
     info = CNTLoRA.info
     assert (info.status, info.product, info.needs) == ("reconstruction", "step", ("forward",))
     assert CNTLoRA.streams == {"input_second_moment", "input_sum"}
-    assert {c: CNTLoRA(constraint=c).info.product for c in CONSTRAINTS} == {
+    assert {c: CNTLoRA(constraint=c).product for c in CONSTRAINTS} == {
         c: "preserve" if c == "F3" else "step" for c in CONSTRAINTS
     }
     assert CNTLoRA(constraint="F3") == CNTLoRA(constraint="F3") != CNTLoRA()

@@ -19,7 +19,7 @@ import lorainit
 from lorainit import UnsupportedLayerError
 from lorainit.errors import NonFiniteError
 from lorainit.methods import lora_da
-from lorainit.methods.lora_da import LoRADA, Options, solve
+from lorainit.methods.lora_da import Calibration, LoRADA, Options, Solution, Solver
 from lorainit.methods.parts import guidance
 from lorainit.statistics import LayerStatistics
 from matrices import best, normal, orthonormal, with_spectrum
@@ -39,6 +39,11 @@ SWITCHES = {  # the authors' names of what `Options` has under others
 WIDE = {"dense_up_to": 0, "double_up_to": 0}
 sizes = pytest.mark.parametrize("size", [{}, WIDE], ids=["as-small-layers", "as-wide-layers"])
 ALGORITHM1 = Options(damping=0.0, normalization=0.0, gamma=1.0)  # the paper's text, without the constants of its code
+
+
+def solve(G: Tensor, Z: Tensor, y: Tensor, rank: int, options: Options, **known) -> Solution:
+    solver = {name: known.pop(name) for name in WIDE if name in known}
+    return lora_da.solve(Calibration(G, Z, y, **known), rank, options, Solver(**solver))
 
 
 def official(hyper_parameters: dict) -> Options:
@@ -466,7 +471,7 @@ def test_search_finds_what_a_dense_decomposition_finds(options, dtype, monkeypat
     assert wide.sigma == pytest.approx(dense.sigma, rel=tolerance)
     assert wide.factors.A.dtype == dtype
     # no residual is smaller than the rounding errors of products with Ω, whose norm is at most (v + κ)/λ_z
-    posed = lora_da.pose(G, Z, y, 4, options, **extra).guidance
+    posed = lora_da.pose(Calibration(G, Z, y, **extra), 4, options).guidance
     largest = (posed.variance + posed.noise) / posed.curvature.cholesky.damping
     rounding = 10 * torch.finfo(dtype).eps * largest / float(dense.eigenvalues.abs().max())
     assert wide.residual <= max(1e-9 if dtype == torch.float64 else 1e-3, rounding)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 import typing
 
 import pytest
 import torch
 
 import lorainit
-from lorainit import Factors, LoraInitError, Method, MethodInfo, available, get_method, register
+from lorainit import Factors, LoraInitError, Method, MethodInfo, available, catalog, get_method, methods, register
 from lorainit.methods import registry
 from lorainit.methods.method import Product
 from lorainit.numerics.linalg import product_norm
@@ -133,6 +135,42 @@ def test_taken_names_are_refused_and_nothing_is_registered(registered, cls):
     assert available() == before
     with pytest.raises(LoraInitError, match="unknown method 'fresh'"):
         get_method("fresh")
+
+
+MINE = """
+import dataclasses
+from typing import ClassVar
+
+from ..adapter.factors import Factors
+from .method import Method, MethodInfo
+from .registry import register
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class MineToo(Method):
+    info: ClassVar = MethodInfo(name="mine-too", summary="s", paper="p", product="zero")
+
+    def start(self, site, generator):
+        return Factors(site.weight()[: site.rank], site.weight().new_zeros(site.out_features, site.rank))
+"""
+
+
+def test_a_new_built_in_method_is_one_file(registered, tmp_path, monkeypatch):
+    (tmp_path / "mine_too.py").write_text(MINE)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    try:
+        registry.discover(methods.__name__, methods.__path__)
+        method = get_method("mine-too")
+        assert available()[-1] == method.info == catalog.builtin(tmp_path)[0]
+        assert lorainit.MineToo is type(method)
+        assert "MineToo" in dir(lorainit)
+        assert methods.mine_too.MineToo is type(method)
+    finally:
+        sys.modules.pop("lorainit.methods.mine_too", None)
+        for module, name in ((methods, "mine_too"), (lorainit, "MineToo")):
+            vars(module).pop(name, None)
 
 
 class Undecorated(Method):

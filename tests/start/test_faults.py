@@ -23,7 +23,7 @@ import lorainit
 import victims
 from cases import CONV, LLAMA
 from lorainit import LoraInitError, NonFiniteError, RankRule
-from lorainit.adapter.write import Undo
+from lorainit.adapter.undo import Undo
 from lorainit.machine import memory
 from lorainit.machine.processes import Processes
 from lorainit.start import share
@@ -62,12 +62,17 @@ def test_killed_or_starved_processes_leave_everything_usable(outcome) -> None:
     assert "iterated more than once" in message
 
 
-WRITING = ("adapter/write", "adapter/offset")  # what is half done in these is the worst
+WRITING = ("adapter/write", "adapter/undo", "adapter/offset")  # what is half done in these is the worst
 OTHERS = (
     "saving/checkpoint",
     "start/initialize",
+    "start/collect",
+    "start/solve",
+    "start/write",
+    "start/finish",
     "adapter/scaling",
     "adapter/rank",
+    "adapter/switches",
     "statistics/collect",
     "statistics/watch",
 )

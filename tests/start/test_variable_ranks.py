@@ -15,7 +15,7 @@ from lorainit import LoraInitError, RankRule
 from lorainit.adapter import offset
 from lorainit.adapter.rank import resize
 from lorainit.adapter.sites import find_sites
-from lorainit.adapter.write import Undo
+from lorainit.adapter.undo import Undo
 
 SPECTRAL = [info.name for info in lorainit.available() if info.variable_ranks]
 OTHERS = [*(info.name for info in lorainit.available() if not info.variable_ranks), lorainit.CorDA(mode="kpm")]

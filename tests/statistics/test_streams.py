@@ -10,8 +10,8 @@ from cases import CASES
 from lorainit import LoraInitError, find_sites
 from lorainit.numerics.sketches import test_matrix as make_test
 from lorainit.statistics import LayerStatistics, Request, Sketch, collect, merge
-from lorainit.statistics.place import Place
 from lorainit.statistics.second_moment import add_second_moment, mirror
+from lorainit.statistics.storage import Storage
 from matrices import normal
 
 DENSE = Request(frozenset({"input_second_moment", "weight_gradient", "input_sum"}), dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_the_full_output_moment_has_the_squares_on_its_diagonal_and_is_of_the_gr
 def test_micro_batches_and_another_place_change_nothing(tmp_path) -> None:
     model, sites = started(NAMED["llama"])
     expected = collect(model, sites, padded(6), DENSE, progress=False)
-    for options in ({"micro_batch": 4}, {"place": Place.of(True)}, {"place": Place.of(tmp_path)}):
+    for options in ({"micro_batch": 4}, {"storage": Storage.of(True)}, {"storage": Storage.of(tmp_path)}):
         found = collect(model, sites, padded(6), DENSE, progress=False, **options)
         for site in sites:
             for stream in DENSE.streams:

@@ -11,15 +11,15 @@ from benchmarks import save_mt_bench, save_tiny_llama
 from loopback import completion, no_key, serving, status  # noqa: F401
 from lorainit.cli import main
 from lorainit.errors import LoraInitError
-from lorainit.tables import work as module
-from lorainit.tables.file import read_table
+from lorainit.tables import run_table as module
+from lorainit.tables.folders import TableFolders
 from lorainit.tables.measured import Measured
-from lorainit.tables.page import page
-from lorainit.tables.place import Place
-from lorainit.tables.recipes import write_recipes
-from lorainit.tables.record import discard_changed
+from lorainit.tables.recipe_files import write_recipes
+from lorainit.tables.run_table import run_table
 from lorainit.tables.table import Run
-from lorainit.tables.work import work
+from lorainit.tables.table_file import read_table
+from lorainit.tables.table_page import table_page
+from lorainit.tables.table_records import discard_changed
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 JUDGED, COUNTED = "mt-bench first turn", "gsm8k last number"
@@ -68,7 +68,7 @@ def written(files, folder, url: str, **changes):
     }
     file = folder / "sums.yaml"
     file.write_text(yaml.safe_dump(content | changes, sort_keys=False))
-    return file, Place(folder / "results", folder / "scratch", str(files))
+    return file, TableFolders(folder / "results", folder / "scratch", str(files))
 
 
 def test_what_was_trained_and_answered_waits_for_a_judge_that_is_away(files, tmp_path, monkeypatch) -> None:
@@ -81,9 +81,9 @@ def test_what_was_trained_and_answered_waits_for_a_judge_that_is_away(files, tmp
         with pytest.raises(
             LoraInitError, match="table 'sums-paper', row 'LoRA', column 'Sums': .*1 requests got no reply, .*503"
         ):
-            work(table, place)
+            run_table(table, place)
         assert not place.result(table, ROW).exists()
-        work(table, place)
+        run_table(table, place)
     assert len(trained) == 1
     result = json.loads(place.result(table, ROW).read_text())
     assert result["metrics"][JUDGED] == 7
@@ -91,7 +91,7 @@ def test_what_was_trained_and_answered_waits_for_a_judge_that_is_away(files, tmp
     assert result["evaluated"]["gsm8k"]["metrics"]["last number"]["questions"] == 4
     assert result["evaluated"]["mt-bench"]["unparsable"] == 1
     assert result["evaluations"]["gsm8k"]["data"] == "{data}/sums"
-    text = page(table, place)
+    text = table_page(table, place)
     assert f"{JUDGED} / {COUNTED} × 100 / loss." in text
     scores = f"7.00 / {100 * result['metrics'][COUNTED]:.2f} / {result['metrics']['loss']:.2f}"
     assert f"| LoRA | {scores}<br>*5.89 / 10* |" in text
@@ -102,15 +102,15 @@ def test_a_judge_whose_replies_say_nothing_leaves_a_score_open(files, tmp_path) 
     with serving(lambda body, number: completion("no rating")) as judge:
         file, place = written(files, tmp_path, judge.url)
         table = read_table(file).selected(["LoRA"])
-        work(table, place)
+        run_table(table, place)
     assert Measured(table, place).scores("LoRA", "Sums", None) == {}
-    assert "| LoRA | – / " in page(table, place)
+    assert "| LoRA | – / " in table_page(table, place)
 
 
 def test_other_options_of_an_evaluation_are_another_recipe_and_other_runs_are_not_asked(files, tmp_path) -> None:
     counted = {"gsm8k": {"data": "{data}/sums", "questions": 2, "generation": {"max_new_tokens": 2}}}
     file, place = written(files, tmp_path, "", score=COUNTED, also={}, evaluations=counted)
-    work(read_table(file), place)
+    run_table(read_table(file), place)
     teacher = json.loads(place.result(read_table(file), Run("LoRA", "Sums", 100)).read_text())
     assert "evaluated" not in teacher and COUNTED not in teacher["metrics"]
     counted["gsm8k"]["questions"] = 3

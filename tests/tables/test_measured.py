@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from lorainit.errors import LoraInitError
-from lorainit.tables.file import read_table
+from lorainit.tables.folders import TableFolders
 from lorainit.tables.measured import Measured
-from lorainit.tables.page import page
-from lorainit.tables.place import Place
 from lorainit.tables.table import Run, Table
+from lorainit.tables.table_file import read_table
+from lorainit.tables.table_page import table_page
 
 RATES = (1e-3, 1e-2, 1e-1)
 
@@ -25,10 +25,10 @@ def table(folder, **changes) -> Table:
 @pytest.fixture
 def measured(tmp_path):
     """A table of two rows whose first seed searches, and what writes a score into its results."""
-    found = Measured(table(tmp_path, search_seeds=1), Place(tmp_path, tmp_path))
+    found = Measured(table(tmp_path, search_seeds=1), TableFolders(tmp_path, tmp_path))
 
     def write(row: str, rate: float, score: float, seed: int = 0) -> None:
-        file = found.place.result(found.table, Run(row, "C", seed, rate))
+        file = found.folders.result(found.table, Run(row, "C", seed, rate))
         file.parent.mkdir(parents=True, exist_ok=True)
         cost = {part: {"seconds": 1.8} for part in ("start", "training")}
         file.write_text(json.dumps({"metrics": {"accuracy": score}, "cost": cost}))
@@ -74,24 +74,24 @@ def test_a_rate_at_which_a_seed_diverged_is_not_the_best_and_its_cell_says_so(me
     found, write = measured
     for rate, score in zip(RATES, (0.3, 0.5, 0.4), strict=True):
         write("LoRA", rate, score)
-    lost = found.place.result(found.table, Run("LoRA", "C", 1, 1e-2))
+    lost = found.folders.result(found.table, Run("LoRA", "C", 1, 1e-2))
     lost.write_text(json.dumps({"status": "diverged", "message": "nan"}))
     found.refresh()
     assert found.best("LoRA", "C") == 1e-2  # the seed does not search
     assert found.scores("LoRA", "C", 1e-2) == {0: 50.0}
     assert found.diverged("LoRA", "C", 1e-2) == {1}
-    assert "| LoRA | 50.00, 1 diverged [0.01] |" in page(found.table, found.place)
-    all_search = Measured(table(found.place.results), found.place)
+    assert "| LoRA | 50.00, 1 diverged [0.01] |" in table_page(found.table, found.folders)
+    all_search = Measured(table(found.folders.results), found.folders)
     assert all_search.best("LoRA", "C") == 1e-1
 
 
 def test_without_search_seeds_every_seed_tries_every_rate(tmp_path) -> None:
-    found = Measured(table(tmp_path), Place(tmp_path, tmp_path))
+    found = Measured(table(tmp_path), TableFolders(tmp_path, tmp_path))
     assert found.wanted() == found.table.runs()
 
 
 def test_rows_without_rates_run_at_their_own(tmp_path) -> None:
-    found = Measured(table(tmp_path, rates=[]), Place(tmp_path, tmp_path))
+    found = Measured(table(tmp_path, rates=[]), TableFolders(tmp_path, tmp_path))
     assert wanted(found, "LoRA") == {0: [None], 1: [None], 2: [None]}
 
 

@@ -7,8 +7,8 @@ import yaml
 
 from lorainit.errors import LoraInitError
 from lorainit.tables.controls import Continue
-from lorainit.tables.file import read_table
 from lorainit.tables.table import Run, build
+from lorainit.tables.table_file import read_table
 from lorainit.tasks import TASKS
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "tables").glob("*.yaml"))

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from lorainit.errors import LoraInitError
 from lorainit.tasks import get_task
-from lorainit.train.run import load_base
+from lorainit.train.model import load_base
 from runs import save_tiny_t5
 
 

@@ -157,7 +157,7 @@ def test_top1_is_the_share_of_right_classes() -> None:
 
 
 def test_a_head_for_other_classes_is_replaced_and_reported_as_fresh(tmp_path) -> None:
-    from lorainit.train.run import load_base
+    from lorainit.train.model import load_base
 
     folder = str(save_tiny_vit(tmp_path / "vit"))
     model, _, fresh = load_base(folder, get_task("svhn"), "float32")

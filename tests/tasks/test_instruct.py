@@ -12,7 +12,8 @@ from benchmarks import save_tiny_llama
 from lorainit.errors import LoraInitError
 from lorainit.tasks import DataOptions, get_task
 from lorainit.tasks.instruct import InstructionTask
-from lorainit.train.run import Recipe, train
+from lorainit.train.recipe import Recipe
+from lorainit.train.run import train
 
 TASK = InstructionTask(name="toy", hub=("none", None), columns=("q", "a"), prompt="{q}:")
 

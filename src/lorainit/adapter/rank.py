@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import LoraInitError
 from . import offset
 from .sites import LoraSite, adapter_config
-from .write import Undo
+from .undo import Undo
 
 _SIZES = {0: ("out_features", "out_channels"), 1: ("in_features", "in_channels")}
 

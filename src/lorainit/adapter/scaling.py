@@ -29,7 +29,7 @@ from ..numerics.linalg import to_double
 from ..numerics.update_size import rate_ratio
 from . import offset
 from .sites import LoraSite, adapter_config, lora_layers, pattern_name
-from .write import Undo
+from .undo import Undo
 
 _MARK = "_user_scalings"  # in the config's __dict__, no field: PEFT neither saves nor compares it
 

@@ -1,4 +1,4 @@
-"""Switches of a model, flipped for a while and put back: adapters, training mode, gradients, checkpointing, randomness.
+"""Switches a model's adapters, mode, gradients, checkpointing and randomness for a while, and puts them back.
 
 Each is a context manager that restores what it found, also after an exception or Ctrl-C.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,69 +17,86 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+Noted = list[tuple[Any, str, Any]]  # object, name of an attribute, value
+
+
+def _note(objects: Iterable[Any], *names: str) -> Noted:
+    return [(each, name, getattr(each, name)) for each in objects for name in names if hasattr(each, name)]
+
+
+def _put_back(noted: Noted) -> None:
+    for each, name, value in noted:
+        if getattr(each, name) is not value:
+            setattr(each, name, value)
+
+
+@contextlib.contextmanager
+def _restored(objects: Iterable[Any], *names: str) -> Iterator[None]:
+    """Restore these attributes after the block."""
+    noted = _note(objects, *names)
+    try:
+        yield
+    finally:
+        _put_back(noted)
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """Note training mode, active adapters and required gradients; return a function that puts them back."""
+    noted = _note(model.modules(), "training", "_disable_adapters", "_active_adapter")
+    return functools.partial(_put_back, noted + _note(model.parameters(), "requires_grad"))
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module, name: str | None = None, parameters: Sequence[nn.Parameter] = ()) -> Iterator[None]:
+    """Run in evaluation mode, with one adapter alone (None: the base), and gradients of these parameters alone."""
+    with adapter(model, name), mode(model, training=False), gradients_of(model, parameters):
+        yield
+
 
 @contextlib.contextmanager
 def adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     """Run with one adapter alone, or with none: the base model."""
     switched: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
-    before = [(m, m._disable_adapters, getattr(m, "_active_adapter", None)) for m in switched]
-    try:
+    with _restored(switched, "_disable_adapters", "_active_adapter"):
         for module in switched:
             module._disable_adapters = name is None
             if name is not None and hasattr(module, "_active_adapter"):
                 module._active_adapter = [name]
         yield
-    finally:
-        for module, disabled, active in before:
-            module._disable_adapters = disabled
-            if hasattr(module, "_active_adapter"):
-                module._active_adapter = active
 
 
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
     """Run in training or in evaluation mode."""
-    # not model.train(): that visits every module of every module, three times a step
-    switched = [m for m in model.modules() if m.training != training]
-    try:
-        for module in switched:
-            module.training = training
+    modules = list(model.modules())
+    with _restored(modules, "training"):
+        for module in modules:  # not model.train(): that visits every module of every module, three times a step
+            if module.training != training:
+                module.training = training
         yield
-    finally:
-        for module in switched:
-            module.training = not training
 
 
 @contextlib.contextmanager
 def gradients_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let these parameters alone require gradients; flags and present gradients of all others come back."""
-    every = list(model.parameters())
-    before = [(p, p.requires_grad, p.grad) for p in every]
-    try:
+    every, wanted = list(model.parameters()), {id(parameter) for parameter in parameters}
+    with _restored(every, "requires_grad", "grad"):
         for parameter in every:
-            parameter.requires_grad_(False)
+            if parameter.requires_grad != (id(parameter) in wanted):
+                parameter.requires_grad_(id(parameter) in wanted)
         for parameter in parameters:
-            parameter.requires_grad_(True)
             parameter.grad = None
         yield
-    finally:
-        for parameter, flag, grad in before:
-            parameter.requires_grad_(flag)
-            parameter.grad = grad
 
 
 @contextlib.contextmanager
 def values_of(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Train copies of the parameters' values, in at least float32; the values come back in their own memory."""
-    before = [(p, p.data) for p in parameters]
-    try:
+    with _restored(parameters, "data"):
         for parameter in parameters:
             wide = torch.promote_types(parameter.dtype, torch.float32)
             parameter.data = parameter.data.to(wide, copy=True)
         yield
-    finally:
-        for parameter, data in before:
-            parameter.data = data
 
 
 def checkpointed(model: nn.Module) -> list[Any]:
@@ -114,7 +131,7 @@ def checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def _checkpoint(module: Any, training: bool, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Checkpoint what a module computes, then and when it is recomputed with ``training`` as its own flag."""
+    """Checkpoint a module's computation, which runs with ``training`` as its own flag, recomputation included."""
 
     def computed(*inputs: Any, **named: Any) -> Any:
         found, module.training = module.training, training

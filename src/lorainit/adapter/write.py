@@ -1,124 +1,21 @@
-"""Writes a start into an adapter, and puts everything back when something fails."""
+"""Writes a start into an adapter: the factors, and what is done about the base."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from ..machine import sharding
 from . import offset
 from .factors import Factors
-from .sites import LoraSite, adapter_config, site_name
+from .sites import LoraSite, site_name
+from .undo import Undo
 
 Base = Literal["keep", "offset", "subtract"]
-
-
-class Undo:
-    """What was changed so far, and how to put it back.
-
-    Adapters are small and are copied before they are written; a base weight is copied only where ``base="subtract"``
-    edits it.
-    """
-
-    def __init__(self) -> None:
-        """Start with nothing to undo."""
-        self._adapters: list[tuple[LoraSite, list[Tensor], bool | None]] = []
-        self._tensors: list[tuple[Tensor, Tensor]] = []
-        self._calls: list[Callable[[], object]] = []
-
-    def remember_adapter(self, site: LoraSite) -> None:
-        """Copy the adapter's trained factors and its offset, if it has one."""
-        pair = (site.lora_A, site.lora_B)
-        copies = [offset.trained_factor(m).detach().clone() for m in pair]
-        edited = None
-        if offset.is_attached(site.lora_A):
-            copies += [m.offset.clone() for m in pair]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-            edited = bool(site.lora_A.base_edited)
-        self._adapters.append((site, copies, edited))
-
-    def remember_tensor(self, tensor: Tensor) -> None:
-        """Copy a tensor that is about to be written in place."""
-        self._tensors.append((tensor, tensor.detach().clone()))
-
-    def remember_config(self, model: nn.Module, adapter_name: str) -> None:
-        """Note the adapter's config, if it has one, and the class of what holds it: others take their places."""
-        config = adapter_config(model, adapter_name)
-        if config is None:
-            return
-        configs: dict[str, Any] = model.peft_config  # pyright: ignore[reportAssignmentType]
-        tuners = [(module, type(module)) for module in model.modules() if isinstance(module, BaseTuner)]
-
-        def put_back() -> None:
-            configs[adapter_name] = config
-            for tuner, kind in tuners:
-                tuner.__class__ = kind
-
-        self.call(put_back)
-
-    def remember_switches(self, model: nn.Module) -> None:
-        """Note what passes of the base switch, training mode, adapters and gradients, and which hooks there are.
-
-        Every pass puts all of it back by itself, unless Ctrl-C comes just while it does so.
-        """
-        modules: list[Any] = list(model.modules())
-        training = [(module, module.training) for module in modules]
-        disabled = [(module, module._disable_adapters) for module in modules if hasattr(module, "_disable_adapters")]
-        gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        hooks = [(held, dict(held)) for m in modules for held in (m._forward_hooks, m._forward_pre_hooks)]
-
-        def put_back() -> None:
-            for module, flag in training:
-                module.training = flag
-            for layer, flag in disabled:
-                layer._disable_adapters = flag
-            for parameter, flag in gradients:
-                if parameter.requires_grad != flag:
-                    parameter.requires_grad_(flag)
-            for held, before in hooks:
-                for added in held.keys() - before.keys():
-                    del held[added]
-
-        self.call(put_back)
-
-    def call(self, put_back: Callable[[], object]) -> None:
-        """Remember a change of another kind by what takes it back; the last one is taken back first."""
-        self._calls.append(put_back)
-
-    def restore(self) -> None:
-        """Put every remembered tensor back, bit for bit, and take the other changes back."""
-        with torch.no_grad():
-            for tensor, copy in reversed(self._tensors):  # what is remembered twice was first what it is to be
-                tensor.copy_(copy)
-            for site, copies, edited in reversed(self._adapters):
-                pair = (site.lora_A, site.lora_B)
-                offset.detach(*pair)
-                if edited is not None:
-                    for module, frozen in zip(pair, copies[2:], strict=True):
-                        offset.trained_factor(module).copy_(frozen)
-                    offset.attach(*pair, base_edited=edited, experts=site.experts)
-                for module, trained in zip(pair, copies[:2], strict=True):
-                    offset.trained_factor(module).copy_(trained)
-        for put_back in reversed(self._calls):  # last: they may put modules back that the tensors are not of
-            put_back()
-
-
-@contextlib.contextmanager
-def all_or_nothing() -> Iterator[Undo]:
-    """Yield an `Undo`; on any exception, Ctrl-C included, restore what it remembers and re-raise."""
-    undo, gradients = Undo(), torch.is_grad_enabled()
-    try:
-        yield undo
-    except BaseException:
-        torch.set_grad_enabled(gradients)  # Ctrl-C may come when torch.no_grad is just about to do so
-        undo.restore()
-        raise
 
 
 def write_start(site: LoraSite, start: Factors, base: Base, undo: Undo) -> bool:
@@ -184,7 +81,7 @@ def _magnitude(site: LoraSite) -> nn.Parameter:
 
 
 def _refresh_magnitude(site: LoraSite) -> None:
-    """Set DoRA's magnitude to the row norms of what the layer now is, W + s·BA, so that at step 0 it changes nothing.
+    """Set DoRA's magnitude to the row norms of W + s·BA, so that at step 0 it changes nothing.
 
     PEFT does this when it makes an adapter, from the factors of that moment.
     """

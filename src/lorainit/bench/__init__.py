@@ -1,8 +1,8 @@
-"""Comparing starts: a suite's trials on Ray, one JSON a trial, and a page that says what they show."""
+"""Compares starts: carries out the trials of a suite on Ray, and writes a report of what they show."""
 
 from __future__ import annotations
 
-from .checks import load
 from .suite import Suite
+from .suite_checks import load
 
 __all__ = ["Suite", "load"]

@@ -1,4 +1,4 @@
-"""The figures of the report; each line is told by its marker and dashes, not by its colour."""
+"""Draws the figures of the report; lines differ by marker and dashes, not only by colour."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..diagnostics import svg
 from ..diagnostics.svg import INK, STYLE
 from ..errors import LoraInitError
 from . import statistics
+from .cell_table import CellTable, Row
 from .suite import CONTROLS, VANILLA
-from .table import Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LOOKS: list[tuple[str, Any, str]] = [
+_LINES: list[tuple[str, Any, str]] = [
     ("#2b7fc4", (0, (5, 1.5)), "s"),
     ("#d55e00", (0, (1, 1)), "^"),
     ("#12936b", (0, (5, 1, 1, 1)), "D"),
@@ -26,8 +26,8 @@ _TICKS = [digit * 10.0**power for power in range(-4, 6) for digit in (1, 2, 5)]
 _CONTROLS = {entry.label for entry in CONTROLS}
 
 
-def rate_panels(table: Table) -> list[tuple[str, str]]:
-    """Return (label, SVG) of the loss at each learning rate, a panel a method, vanilla's curve in all."""
+def rate_panels(table: CellTable) -> list[tuple[str, str]]:
+    """Draw the loss at each learning rate: (label, SVG) for each method, with vanilla's curve in all of them."""
     control = table.control
     values = [rate.loss.mean for row in table.rows for rate in row.rates if rate.loss.count]
     rates = [rate.rate for row in table.rows for rate in row.rates]
@@ -38,38 +38,41 @@ def rate_panels(table: Table) -> list[tuple[str, str]]:
     margin = 0.08 * (top - best) or 0.1
     panels = []
     for row in table.rows:
-        if not any(rate.loss.count for rate in row.rates):
-            continue
-        figure, axes = _axes((2.5, 1.9))
-        if row is not control:
-            _rates(axes, control, color=INK, linestyle=(0, (2, 1.5)), alpha=0.45, linewidth=1.2)
-        _rates(axes, row, color=INK, marker="o", markersize=3.5, linewidth=1.4)
-        low = [rate.loss.low for rate in row.rates], [rate.loss.high for rate in row.rates]
-        for rate, a, b in zip(row.rates, *low, strict=True):
-            if not math.isnan(a):
-                axes.plot((rate.rate, rate.rate), (a, b), color=INK, linewidth=0.9)
-            if rate.broken:
-                axes.plot(rate.rate, top, "x", color=INK, markersize=5)
-        if row.tuned is not None:
-            axes.plot(row.tuned, row.loss.mean, "o", mfc="none", mec=INK, markersize=9, mew=0.9)
-        axes.set(xscale="log", xlim=(min(rates) / 1.3, max(rates) * 1.3), ylim=(best - margin, top + margin))
-        least = min(rate.loss.mean for rate in row.rates if rate.loss.count)
-        if least > top + margin:
-            axes.text(0.5, 0.9, f"above: {least:.3f}", transform=axes.transAxes, ha="center", fontsize=8)
-        axes.tick_params(labelsize=7)
-        panels.append((row.label, svg.svg(figure)))
+        if any(rate.loss.count for rate in row.rates):
+            figure, axes = _axes((2.5, 1.9))
+            if row is not control:
+                _rates(axes, control, color=INK, linestyle=(0, (2, 1.5)), alpha=0.45, linewidth=1.2)
+            axes.set(xscale="log", xlim=(min(rates) / 1.3, max(rates) * 1.3), ylim=(best - margin, top + margin))
+            _rate_panel(axes, row, top, margin)
+            panels.append((row.label, svg.svg(figure)))
     return panels
 
 
-def loss_curves(table: Table) -> dict[str, str]:
-    """Return SVGs of the training loss against steps and against time: vanilla and the best five others."""
+def _rate_panel(axes: Axes, row: Row, top: float, margin: float) -> None:
+    """Draw the losses of a row at its rates, with intervals, marks of failed runs at the top, and the tuned rate."""
+    _rates(axes, row, color=INK, marker="o", markersize=3.5, linewidth=1.4)
+    for rate in row.rates:
+        if not math.isnan(rate.loss.low):
+            axes.plot((rate.rate, rate.rate), (rate.loss.low, rate.loss.high), color=INK, linewidth=0.9)
+        if rate.broken:
+            axes.plot(rate.rate, top, "x", color=INK, markersize=5)
+    if row.tuned is not None:
+        axes.plot(row.tuned, row.loss.mean, "o", mfc="none", mec=INK, markersize=9, mew=0.9)
+    least = min(rate.loss.mean for rate in row.rates if rate.loss.count)
+    if least > top + margin:
+        axes.text(0.5, 0.9, f"above: {least:.3f}", transform=axes.transAxes, ha="center", fontsize=8)
+    axes.tick_params(labelsize=7)
+
+
+def loss_curves(table: CellTable) -> dict[str, str]:
+    """Draw the training loss against steps and against time: vanilla and the best five others."""
     chosen = _leaders(table)
     if not chosen:
         return {}
     drawn = {}
     for name, label in (("steps", "training steps"), ("time", "seconds, the start's own included")):
         figure, axes = _axes((5.2, 3.4))
-        for row, (color, dashes, marker) in zip(chosen, [(INK, "-", "o"), *_LOOKS], strict=False):
+        for row, (color, dashes, marker) in zip(chosen, [(INK, "-", "o"), *_LINES], strict=False):
             curve = statistics.smooth(row.curve)
             x = [step if name == "steps" else statistics.at_step(row.clock, step) for step, _ in curve]
             y = [value for _, value in curve]
@@ -86,8 +89,8 @@ def loss_curves(table: Table) -> dict[str, str]:
     return drawn
 
 
-def pareto(table: Table) -> str | None:
-    """Return an SVG of quality against what the start costs; filled marks: nothing is both cheaper and better."""
+def pareto(table: CellTable) -> str | None:
+    """Draw the loss against the cost of the start; marks are filled where no start is both cheaper and better."""
     points = [row for row in table.rows if row.loss.count and row.start_seconds > 0]
     if not points:
         return None
@@ -132,15 +135,15 @@ def _rates(axes: Axes, row: Row, **look: Any) -> None:
         axes.plot(*zip(*known, strict=True), **look)
 
 
-def _leaders(table: Table) -> list[Row]:
-    """Return vanilla and the best others, at most as many as there are looks."""
+def _leaders(table: CellTable) -> list[Row]:
+    """Return vanilla and the best others, as many as there are different lines."""
     known = [row for row in table.rows if len(row.curve) > 1 and row.clock]
     others = sorted((row for row in known if row.label != VANILLA), key=lambda row: row.loss.mean)
-    return [*(row for row in known if row.label == VANILLA), *others[: len(_LOOKS)]]
+    return [*(row for row in known if row.label == VANILLA), *others[: len(_LINES)]]
 
 
 def _clip_outliers(axes: Axes, points: list[Row]) -> None:
-    """Let the losses near the best have the room: far ones get an arrow at the upper edge."""
+    """Scale the axis to the losses near the best; losses far above get an arrow at the upper edge."""
     losses = sorted(row.loss.mean for row in points)
     top = losses[0] + 3 * max(losses[len(losses) // 2] - losses[0], 1e-4)
     if losses[-1] <= top:
@@ -154,7 +157,7 @@ def _clip_outliers(axes: Axes, points: list[Row]) -> None:
 
 
 def _labels(axes: Axes, points: list[Row]) -> None:
-    """Name each point, lifted until it covers no other name."""
+    """Write the label of each point, moved up until it covers no other."""
     low, high = axes.get_ylim()
     unit, taken = (high - low) / 24, []
     for row in sorted(points, key=lambda row: row.loss.mean):

@@ -1,8 +1,9 @@
-"""The queue of a benchmark: which trial is next, and what its result unlocks."""
+"""Decides which trial of a suite is next, from the results that there are."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 
 from ..start.match_rate import CHANCE
@@ -15,14 +16,14 @@ from .trial import Cell, Trial, cells, trial
 
 @dataclasses.dataclass
 class Group:
-    """A method in a cell, with what is known of its runs.
+    """A method in a cell, with the results of its runs.
 
     Attributes:
         cell: the cell.
         entry: the method.
         losses: evaluation losses by point.
-        ratio: the suggested rate relative to vanilla's, once the diagnosis has found it.
-        bound: the rate by the curvature relative to that by the size of the update; None without a curvature.
+        ratio: the suggested rate relative to vanilla's; None before the diagnosis.
+        bound: the rate by the curvature relative to the rate by the update's size; None without a curvature.
     """
 
     cell: Cell
@@ -33,7 +34,7 @@ class Group:
 
     @property
     def diagnosis(self) -> Point:
-        """Where the start is diagnosed."""
+        """The point at which the start is diagnosed."""
         return Point(0.0, self.cell.suite.seeds[0], diagnosis=True)
 
     @property
@@ -47,17 +48,17 @@ class Group:
         return search.tuned(finals)
 
     def finalists(self) -> dict[int, list[Point]]:
-        """Return the runs that decide the tuned rate, by exponent; none while the search goes on."""
+        """Return the runs that decide the tuned rate, by exponent; none before the search is over."""
         cell = self.cell
         found = search.finalists(cell.search, self.center, cell.suite.seeds, self.losses)
         return {k: [Point(search.rate(cell.search, k), seed) for seed in cell.final_seeds] for k in found}
 
     def over(self) -> bool:
-        """Return whether the search for a rate has ended."""
+        """Return whether the search for a learning rate is over."""
         return search.tried(self.cell.search, self.center, self.cell.suite.seeds, self.losses)[1]
 
     def points(self, vanilla: Group) -> Iterator[Point]:
-        """Yield what is missing now; more may be once these are done.
+        """Yield the runs that are missing now; their results may call for more.
 
         Args:
             vanilla: the control of the same cell.
@@ -78,7 +79,7 @@ class Group:
         return [] if best is None else self.finalists()[best]
 
     def comparisons(self, vanilla: Group, seeds: Iterable[int]) -> dict[tuple[str, int], Point]:
-        """Return the runs at vanilla's tuned rate and what follows from it, by kind and seed; none while unknown."""
+        """Return the runs at rates that follow from vanilla's tuned rate, by kind and seed; none before it is known."""
         cell, best = self.cell, vanilla.best()
         if best is None or self is vanilla:
             return {}
@@ -87,7 +88,7 @@ class Group:
             for seed in seeds:
                 if kind == "vanilla":
                     found[kind, seed] = Point(rate, seed)
-                elif kind == "matched" and not self.entry.lora:  # LoRA's own options are what sets such a row apart
+                elif kind == "matched" and not self.entry.lora:  # a row of LoRA's own options is no other start
                     found[kind, seed] = Point(rate, seed, matched=True)
                 elif kind == "bounded" and not self.entry.lora and self.bound is not None:
                     decides = self.bound < 1 - CHANCE
@@ -104,14 +105,14 @@ class Group:
 
 
 class Plan:
-    """All groups of a suite as one queue that is worked off lazily.
+    """Gives out the missing trials of a suite, one by one.
 
-    A group's missing points are a round; the next round is made when all of it is done. While one group waits, the
-    others fill the machines.
+    The missing points of a group are a round; the next round is made when all of it is done. While one group waits for
+    results, the trials of the others keep the machines busy.
 
     Args:
         suite: the suite.
-        results: what there is; a failed trial counts as done.
+        results: the results that there are; a failed trial counts as done.
         retry_failed: run failed trials again.
     """
 
@@ -124,7 +125,7 @@ class Plan:
             groups = [Group(cell, entry) for entry in suite.entries()]
             self._vanilla[cell.name] = next(group for group in groups if group.entry.label == VANILLA)
             self.groups += groups
-        self._rounds: list[Iterator[Point]] = [iter(()) for _ in self.groups]
+        self._rounds: list[Iterator[Point]] = [iter(()) for _ in self.groups]  # what is left of each group's round
         self._running = [0] * len(self.groups)
         self._turn = 0
         self._owner: dict[str, tuple[int, Point]] = {}
@@ -135,46 +136,47 @@ class Plan:
         while progress:
             progress = False
             for offset in range(len(self.groups)):
-                place = (self._turn + offset) % len(self.groups)
-                found = self._next_of(place)
+                index = (self._turn + offset) % len(self.groups)
+                found = self._next_of(index)
                 if found is not None:
-                    self._turn = place
+                    self._turn = index
                     return found
-                if self._running[place] == 0:
-                    progress = self._new_round(place) or progress
+                if self._running[index] == 0:
+                    progress = self._new_round(index) or progress
         return None
 
     def ended(self, key: str, summary: Summary) -> None:
         """Take in a trial's result."""
-        place, point = self._owner.pop(key)
-        self._running[place] -= 1
-        self.groups[place].note(point, summary)
+        index, point = self._owner.pop(key)
+        self._running[index] -= 1
+        self.groups[index].note(point, summary)
 
-    def _next_of(self, place: int) -> Trial | None:
-        """Return the next trial of a group's round that has no result; results that there are, are taken in."""
-        group = self.groups[place]
-        for point in self._rounds[place]:
+    def _next_of(self, index: int) -> Trial | None:
+        """Return the next trial of a group's round that has no result, and take in the results on the way."""
+        group = self.groups[index]
+        for point in self._rounds[index]:
             chosen = trial(group.cell, group.entry, point)
             summary = self._known(chosen.key)
             if summary is not None:
                 group.note(point, summary)
                 continue
-            self._owner[chosen.key] = (place, point)
-            self._running[place] += 1
+            self._owner[chosen.key] = (index, point)
+            self._running[index] += 1
             return chosen
         return None
 
-    def _new_round(self, place: int) -> bool:
+    def _new_round(self, index: int) -> bool:
         """Make a group's next round; return whether there is anything in it."""
-        group = self.groups[place]
+        group = self.groups[index]
         points = group.points(self._vanilla[group.cell.name])
         first = next(points, None)
         if first is None:
             return False
-        self._rounds[place] = _chain(first, points)
+        self._rounds[index] = itertools.chain([first], points)
         return True
 
     def _known(self, key: str) -> Summary | None:
+        """Return the result of a trial; None for one that is to run, for the first time or again."""
         summary = self.results.summaries.get(key)
         if summary is not None and summary.status == "failed" and self._retry and key not in self._repeated:
             self._repeated.add(key)
@@ -182,25 +184,23 @@ class Plan:
         return summary
 
 
-def _chain(first: Point, rest: Iterator[Point]) -> Iterator[Point]:
-    yield first
-    yield from rest
-
-
 def settled(suite: Suite, results: Results) -> list[tuple[Group, Group]]:
-    """Return every group with all that the results say about it, and the vanilla group of its cell; runs nothing."""
+    """Return every group with its results, and the vanilla group of its cell; runs nothing."""
     found = []
     for cell in cells(suite):
         groups = [Group(cell, entry) for entry in suite.entries()]
         vanilla = next(group for group in groups if group.entry.label == VANILLA)
         for group in (vanilla, *(group for group in groups if group is not vanilla)):
-            fresh = True
-            while fresh:
-                points = list(group.points(vanilla))
-                known = {p: results.summaries.get(trial(cell, group.entry, p).key) for p in points}
-                fresh = any(summary is not None for summary in known.values())
-                for point, summary in known.items():
-                    if summary is not None:
-                        group.note(point, summary)
+            while _take_in(group, vanilla, results):
+                pass
         found += [(group, vanilla) for group in groups]
     return found
+
+
+def _take_in(group: Group, vanilla: Group, results: Results) -> bool:
+    """Take in the results of the points that a group wants now; return whether there were any."""
+    known = {p: results.summaries.get(trial(group.cell, group.entry, p).key) for p in group.points(vanilla)}
+    found = {point: summary for point, summary in known.items() if summary is not None}
+    for point, summary in found.items():
+        group.note(point, summary)
+    return bool(found)

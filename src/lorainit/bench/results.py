@@ -1,4 +1,7 @@
-"""The folder of results: one JSON a trial, which is the truth, and an index of their sums for a quick resume."""
+"""Reads and writes the folder of a suite's results: one JSON file a trial, and an index of their sums.
+
+The files are the results; the index only spares a resumed suite to read thousands of them.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,23 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO
 
-Status = Literal["done", "failed", "diverged", "stopped"]
+from ..grids.result_files import Record, Status, read_record, replace_file, write_record
+
 _INDEX = "index.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What the search has to know about a trial.
+    """What the search for learning rates needs of a trial.
 
     Attributes:
-        status: ``done``; ``failed`` by an error; ``diverged`` to a loss that is no number; ``stopped`` early by ASHA.
-        loss: evaluation loss, infinite unless done.
+        status: how the trial ended.
+        loss: evaluation loss, infinite unless the status is ``done``.
         ratio: of a diagnosis, the suggested rate relative to vanilla's.
-        stamp: (size, nanoseconds) of the file that this was read from.
-        bound: of a diagnosis with the curvature, the rate by it relative to that by the size of the update.
+        stamp: size and time (in nanoseconds) of the file that this was read from.
+        bound: of a diagnosis with the curvature, the rate by the curvature relative to the rate by the update's size.
     """
 
     status: Status
@@ -35,28 +39,28 @@ class Summary:
 
 
 class Results:
-    """A folder with one JSON a trial.
+    """A folder with one JSON file a trial.
 
-    A trial is there if its file is: files are written beside and renamed, so that no kill leaves half of one. The index
-    holds a line a trial, is only ever believed for a file that is as it was when the line was written, and may be
-    deleted.
+    The index holds a line a trial. A line counts only while its file is as it was when the line was written, and the
+    index may be deleted.
 
-    Args:
-        folder: is made if there is none.
+    Attributes:
+        folder: where the files lie.
+        summaries: by key, of every trial that is done.
     """
 
     def __init__(self, folder: str | Path) -> None:
+        """Open a folder; it is made if there is none."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stream: IO[str] | None = None
         self.summaries: dict[str, Summary] = {}
         self._refresh()
 
-    def write(self, key: str, record: dict[str, Any]) -> Summary:
+    def write(self, key: str, record: Record) -> Summary:
         """Write a trial's record; a record under the same key is replaced."""
         file = self.path(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, record)
+        write_record(file, record)
         self.summaries[key] = summary = _summary(record, file)
         if self._stream is None:
             self._stream = (self.folder / _INDEX).open("a")
@@ -64,15 +68,15 @@ class Results:
         self._stream.flush()
         return summary
 
-    def read(self, key: str) -> dict[str, Any]:
+    def read(self, key: str) -> Record:
         """Return a trial's record."""
-        return json.loads(self.path(key).read_text())
+        return read_record(self.path(key))
 
     def path(self, key: str) -> Path:
         """Return where a trial's record is or goes."""
         return self.folder / f"{key}.json"
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def records(self) -> Iterator[Record]:
         """Yield every record, by key."""
         for key in sorted(self.summaries):
             yield self.read(key)
@@ -84,16 +88,8 @@ class Results:
             self._stream = None
 
     def _refresh(self) -> None:
-        """Take from the index what is still so, read the files that it does not know, write it anew if it was wrong."""
-        known: dict[str, Summary] = {}
-        lines = 0
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.folder / _INDEX).read_text().splitlines():
-                lines += 1
-                with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was killed
-                    entry = json.loads(line)
-                    key = entry.pop("key")
-                    known[key] = Summary(**(entry | {"stamp": tuple(entry["stamp"])}))
+        """Take from the index what still holds, read the other files, and write the index again if it was wrong."""
+        known, lines = self._indexed()
         for key, stamp in self._files():
             summary = known.get(key)
             if summary is None or summary.stamp != stamp:
@@ -105,9 +101,23 @@ class Results:
             self.summaries[key] = summary
         if lines != len(self.summaries) or any(known.get(key) != s for key, s in self.summaries.items()):
             text = "".join(_line(key, summary) for key, summary in self.summaries.items())
-            _replace(self.folder / _INDEX, text)
+            replace_file(self.folder / _INDEX, text)
+
+    def _indexed(self) -> tuple[dict[str, Summary], int]:
+        """Return what the index says, and how many lines it has."""
+        known: dict[str, Summary] = {}
+        lines: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            lines = (self.folder / _INDEX).read_text().splitlines()
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # the last line of a process that was killed
+                entry = json.loads(line)
+                key = entry.pop("key")
+                known[key] = Summary(**(entry | {"stamp": tuple(entry["stamp"])}))
+        return known, len(lines)
 
     def _files(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yield the key and the stamp of every file."""
         with os.scandir(self.folder) as cells:
             for cell in cells:
                 if not cell.is_dir():
@@ -118,22 +128,7 @@ class Results:
                             yield f"{cell.name}/{file.name.removesuffix('.json')}", _stamp(file)
 
 
-def write_json(file: Path, record: dict[str, Any]) -> None:
-    """Write a record whole or not at all, one line a top-level key: long lists stay readable in a diff."""
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}" for key, value in record.items())
-    _replace(file, f"{{\n{lines}\n}}\n")
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    with partial.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())  # a power cut after the rename must not leave an empty file
-    partial.replace(file)
-
-
-def _summary(record: dict[str, Any], file: Path) -> Summary:
+def _summary(record: Record, file: Path) -> Summary:
     status: Status = record["status"]
     loss = record["metrics"].get("loss") if status == "done" else None
     advice = record.get("advice", {})

@@ -1,4 +1,4 @@
-"""Which runs a method still needs, given the losses that there are: pure bookkeeping on the rates unit·2^k."""
+"""Searches the learning rates unit·2^k: which runs a method still needs, given the losses of those that are done."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Point(NamedTuple):
     Attributes:
         rate: the learning rate.
         seed: the seed.
-        matched: ``match_lr``.
-        diagnosis: no training: the diagnosis of the start.
-        judged: ASHA may stop it early.
+        matched: the recipe's ``match_lr``.
+        diagnosis: whether the start is only diagnosed, not trained.
+        judged: whether ASHA may stop it early.
     """
 
     rate: float
@@ -38,43 +38,53 @@ def rate(search: Search, exponent: int) -> float:
 
 
 def tried(search: Search, center: int, seeds: Sequence[int], losses: Losses) -> tuple[list[int], bool]:
-    """Return the exponents that the search wants so far, and whether it is over.
+    """Return the exponents that the search has asked for so far, and whether it is over.
 
     Args:
         search: the options.
         center: exponent at which the best is expected.
         seeds: the suite's; the first one searches, unless the schedule is the full grid.
-        losses: what is known.
+        losses: of the runs that are done.
     """
-    if search.schedule == "bracket":
-        wanted = [center - search.stride, center, center + search.stride]
-        step = search.stride
-    else:
-        wanted = sorted(center + k for k in search.exponents)
-        step = min((b - a for a, b in zip(wanted, wanted[1:], strict=False)), default=1)
-    searching = seeds if search.schedule == "grid" else seeds[:1]
+    wanted, step = _first_exponents(search, center)
     while True:
-        values = {k: mean_loss(search, k, searching, losses) for k in wanted}
+        values = {k: mean_loss(search, k, _searching(search, seeds), losses) for k in wanted}
         known = {k: value for k, value in values.items() if value is not None}
         if len(known) < len(wanted):
             return wanted, False
         best = min(known, key=lambda k: known[k])
         if not math.isfinite(known[best]):
             return wanted, True  # nothing trains here; more rates would only fail too
-        new: list[int] = []
-        if best == wanted[0] and center - best < search.widest:
-            new = [best - step]
-        elif best == wanted[-1] and best - center < search.widest:
-            new = [best + step]
-        elif search.schedule == "bracket":
-            # halve the gaps around the best until its neighbours are a factor 2 away
-            places = [wanted.index(best)]
-            below = [wanted[i - 1] for i in places if i > 0]
-            above = [wanted[i + 1] for i in places if i + 1 < len(wanted)]
-            new = [(best + other) // 2 for other in (*below, *above) if abs(other - best) > 1]
+        new = _more_exponents(search, center, wanted, best, step)
         if not new:
             return wanted, True
         wanted = sorted({*wanted, *new})
+
+
+def _first_exponents(search: Search, center: int) -> tuple[list[int], int]:
+    """Return the exponents that a search begins with, and the step by which it widens."""
+    if search.schedule == "bracket":
+        return [center - search.stride, center, center + search.stride], search.stride
+    wanted = sorted(center + k for k in search.exponents)
+    return wanted, min((b - a for a, b in zip(wanted, wanted[1:], strict=False)), default=1)
+
+
+def _more_exponents(search: Search, center: int, wanted: list[int], best: int, step: int) -> list[int]:
+    """Return the exponents to try next: beyond the edge if the best lies there, else between it and its neighbours."""
+    if best == wanted[0] and center - best < search.widest:
+        return [best - step]
+    if best == wanted[-1] and best - center < search.widest:
+        return [best + step]
+    if search.schedule != "bracket":
+        return []
+    place = wanted.index(best)
+    neighbours = [*wanted[max(place - 1, 0) : place], *wanted[place + 1 : place + 2]]
+    return [(best + other) // 2 for other in neighbours if abs(other - best) > 1]
+
+
+def _searching(search: Search, seeds: Sequence[int]) -> Sequence[int]:
+    """Return the seeds by whose mean loss the search compares rates."""
+    return seeds if search.schedule == "grid" else seeds[:1]
 
 
 def mean_loss(search: Search, exponent: int, seeds: Iterable[int], losses: Losses) -> float | None:
@@ -93,8 +103,7 @@ def finalists(search: Search, center: int, seeds: Sequence[int], losses: Losses)
     wanted, over = tried(search, center, seeds, losses)
     if not over:
         return []
-    searching = seeds if search.schedule == "grid" else seeds[:1]
-    values = {k: mean_loss(search, k, searching, losses) for k in wanted}
+    values = {k: mean_loss(search, k, _searching(search, seeds), losses) for k in wanted}
     finite = {k: value for k, value in values.items() if value is not None and math.isfinite(value)}
     return sorted(finite, key=lambda k: finite[k])[: search.finalists]
 
@@ -102,7 +111,7 @@ def finalists(search: Search, center: int, seeds: Sequence[int], losses: Losses)
 def tuned(finals: Mapping[int, Sequence[float | None]]) -> int | None:
     """Return the exponent of the best rate: the finalist of the lowest mean over the final seeds.
 
-    None before all of them have run. A rate at which a run failed wins only where one failed at each of them.
+    None before all of them have run. A rate at which a run failed wins only where runs failed at every finalist.
 
     Args:
         finals: losses over the final seeds by exponent, the best by the search's own seeds first; None where missing.
@@ -117,7 +126,7 @@ def tuned(finals: Mapping[int, Sequence[float | None]]) -> int | None:
 
 
 def at_edge(search: Search, center: int, seeds: Sequence[int], losses: Losses, best: int | None) -> bool:
-    """Return whether the best rate is the lowest or the highest tried, so that the true best may lie beyond."""
+    """Return whether the best rate is the lowest or the highest that was tried; a better one may lie beyond."""
     wanted, _ = tried(search, center, seeds, losses)
     return best is not None and best in (wanted[0], wanted[-1])
 
@@ -127,7 +136,7 @@ def search_points(search: Search, center: int, seeds: Sequence[int], losses: Los
     wanted, over = tried(search, center, seeds, losses)
     if over:
         return
-    for seed in seeds if search.schedule == "grid" else seeds[:1]:
+    for seed in _searching(search, seeds):
         for exponent in wanted:
             point = _searched(search, exponent, seed)
             if point not in losses:
@@ -140,5 +149,5 @@ def _searched(search: Search, exponent: int, seed: int) -> Point:
 
 
 def suggestion(vanilla_rate: float, ratio: float) -> float:
-    """Return the suggested rate to three digits: a name that is the same everywhere."""
+    """Return the suggested rate, rounded to three digits so that a trial has the same name on every machine."""
     return float(f"{vanilla_rate * ratio:.3g}")

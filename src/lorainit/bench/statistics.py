@@ -1,4 +1,4 @@
-"""The numbers of the report: intervals, paired differences, many comparisons at once, and what a loss curve tells."""
+"""Computes the numbers of the report: intervals, paired differences, adjusted p-values, and figures of loss curves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Estimate:
         mean: the mean; NaN of nothing.
         low: lower end; NaN where one value gives no interval.
         high: upper end.
-        count: how many values.
+        count: number of values.
     """
 
     mean: float
@@ -33,8 +33,8 @@ class Estimate:
 def estimate(values: Sequence[float]) -> Estimate:
     """Return the mean over seeds with Student's t interval.
 
-    A bootstrap of three values covers far less than it says (three values have ten different resamples), so seeds get
-    the t interval, whose assumption (normal deviations) is the weaker evil; rows of a test set are bootstrapped.
+    A bootstrap of three values covers far less than 95 % (three values have only ten different resamples). The t
+    interval assumes normal deviations, which is the smaller error. Rows of a test set are bootstrapped.
     """
     from scipy.stats import t
 
@@ -49,7 +49,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> list[float]:
-    """Return first − second for the seeds that both have: the same seed is the same head, data order and rows."""
+    """Return first − second for the seeds that both have: runs of a seed share head, data order and rows."""
     return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
 
 
@@ -68,9 +68,9 @@ def p_value(differences: Sequence[float]) -> float:
 
 
 def holm(values: Mapping[str, float]) -> dict[str, float]:
-    """Return Holm's adjusted p-values (1979): below α, all of them are wrong with probability at most α.
+    """Return Holm's adjusted p-values (1979): if those below α are called real, any is wrong with probability ≤ α.
 
-    Those that are NaN stay so and do not count.
+    Values that are NaN stay NaN and do not count.
     """
     known = sorted((name for name, p in values.items() if not math.isnan(p)), key=lambda name: values[name])
     adjusted, highest = dict.fromkeys(values, math.nan), 0.0
@@ -81,7 +81,7 @@ def holm(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def rows_interval(differences: Sequence[float], seed: int = 0) -> Estimate:
-    """Return the mean difference over test rows with its bootstrap interval: would another test set say the same?"""
+    """Return the mean difference over test rows with its bootstrap interval: how much it depends on these rows."""
     from scipy.stats import bootstrap
 
     values = np.asarray(differences, dtype=float)
@@ -94,7 +94,7 @@ def rows_interval(differences: Sequence[float], seed: int = 0) -> Estimate:
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[list[float]]:
-    """Return the mean over seeds at the steps that all have."""
+    """Return the mean of curves at the steps that all of them have."""
     if not curves:
         return []
     by_step = [{step: value for step, value in reversed(curve)} for curve in curves]  # the first entry of a step counts
@@ -103,7 +103,7 @@ def mean_curve(curves: Sequence[Curve]) -> list[list[float]]:
 
 
 def smooth(curve: Curve, width: int = 5) -> list[list[float]]:
-    """Return the centred moving average, narrower at the ends: a batch's own loss is mostly its own difficulty."""
+    """Return the centred moving average, narrower at the ends: the loss of one batch depends mostly on its rows."""
     values = [value for _, value in curve]
     half = width // 2
     smoothed = []
@@ -122,7 +122,7 @@ def final_level(curve: Curve, share: float = 0.2) -> float:
 
 
 def steps_to(curve: Curve, level: float) -> float | None:
-    """Return the step at which a curve first comes down to a level, between two points linearly; None if never."""
+    """Return the step at which a curve first falls to a level, interpolated linearly; None if it never does."""
     before: Sequence[float] | None = None
     for point in curve:
         if point[1] <= level:
@@ -134,13 +134,13 @@ def steps_to(curve: Curve, level: float) -> float | None:
 
 
 def at_step(curve: Curve, step: float) -> float:
-    """Return a curve's value at a step, between two points linearly; from (0, 0), as time passes."""
+    """Return a curve's value at a step, interpolated linearly; the curve, of a time, begins at (0, 0)."""
     steps, values = zip(*([0.0, 0.0], *curve), strict=True)
     return float(np.interp(step, steps, values))
 
 
 def early_area(curve: Curve, share: float = 0.25) -> float:
-    """Return the area under the first part of a loss curve, per step (so: a mean loss); NaN for fewer than two points.
+    """Return the area under the first part of a loss curve, per step, so a mean loss; NaN for fewer than two points.
 
     Args:
         curve: the curve.

@@ -1,4 +1,4 @@
-"""What a benchmark runs: methods × models × tasks × learning rates × ranks × seeds, from a YAML file."""
+"""Describes a suite: methods × models × tasks × learning rates × ranks × seeds, read from a YAML file."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import LoraInitError
+from ..grids.parsing import parse
 from ..tasks import DataOptions
 from ..train.diagnose import DiagnosisOptions
-from ..train.run import Calibration
+from ..train.recipe import Calibration
 
 VANILLA = "kaiming"
 
@@ -19,12 +20,13 @@ class MethodEntry:
     """A row of the table.
 
     Attributes:
-        label: what the row is called.
+        label: name of the row.
         method: name of the method; default: the label.
         options: the method's options.
         base: what to do about BA ≠ 0, as in `lorainit.initialize`.
         lora: fields of `peft.LoraConfig` that are part of the method (``use_rslora: true``).
-        center: where its best rate is expected, in powers of 2 relative to vanilla's; a wrong guess only costs trials.
+        center: where its best learning rate is expected, in powers of 2 relative to vanilla's; a wrong guess only costs
+            trials.
     """
 
     label: str
@@ -40,7 +42,7 @@ class MethodEntry:
         return self.method or self.label
 
 
-# without these a comparison shows that something changed, not what helped; they are added to every suite
+# Added to every suite: without them a comparison shows that something changed, not what helped.
 CONTROLS = (
     MethodEntry(VANILLA),
     MethodEntry("rslora", method=VANILLA, lora={"use_rslora": True}, center=-1),
@@ -51,11 +53,11 @@ CONTROLS = (
 
 @dataclasses.dataclass(frozen=True)
 class Forgetting:
-    """Held-out text like the pre-training's, whose loss is taken before and after.
+    """Held-out text like that of the pre-training, whose loss is measured before and after.
 
     Attributes:
         task: a task with a causal language model.
-        data: which rows; the evaluation split is used.
+        data: which rows, of the evaluation split.
     """
 
     task: str = "text"
@@ -73,10 +75,10 @@ class Search:
         unit: the rate at exponent 0.
         exponents: of ``grid`` and ``asha``, relative to where the method's best is expected.
         stride: of ``bracket``: exponents between its first rates.
-        widest: exponents away from where the best is expected, beyond which the search stops.
+        widest: how many exponents the search may go away from where the best is expected.
         grace: of ``asha``: evaluations before a trial may be stopped; fewer than a whole training has.
-        reduction: of ``asha``: one in so many goes on, at least 2.
-        finalists: so many rates, the best of the search, run with every final seed; the best mean is the tuned rate.
+        reduction: of ``asha``: one trial in this many goes on, at least 2.
+        finalists: how many rates, the best of the search, run with every final seed; the best mean is the tuned rate.
         final_seeds: of the finalists; default: the suite's.
         compare_seeds: seeds of the runs that the suite's ``compare`` adds: some of the final seeds, with whose runs
             they are paired; default: all of them.
@@ -100,13 +102,13 @@ class TaskEntry:
 
     Attributes:
         task: its name.
-        label: what its table is called; default: the name.
+        label: name of its table; default: the task's name.
         data: which rows; a path ``root:FOLDER`` lies below the root that the command names.
         train: fields of `transformers.TrainingArguments` that differ from the suite's.
         center: where vanilla's best rate is expected, in powers of 2 times the search's unit.
         metric: the metric to show beside the loss; default: the first that the task has.
-        forgetting: held-out text to find out what is forgotten.
-        search: how its learning rates are found; default: the suite's way.
+        forgetting: held-out text, to measure what is forgotten.
+        search: how its learning rates are found; default: as the suite says.
     """
 
     task: str
@@ -120,7 +122,7 @@ class TaskEntry:
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Name of its table."""
         return self.label or self.task
 
 
@@ -129,7 +131,7 @@ class ModelEntry:
     """A base model and the tasks it is adapted to.
 
     Attributes:
-        label: what it is called.
+        label: its name.
         model: hub name, folder, ``package:NAME/FOLDER``, or ``root:FOLDER``.
         tasks: the tasks.
         dtype: of the base weights.
@@ -147,14 +149,14 @@ class ModelEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one trial may use; so many run at once as the machines have room for.
+    """What one trial may use; as many trials run at once as the machines have room for.
 
     Attributes:
         cpus: cores a trial.
         gpus: accelerators a trial; a fraction lets trials share one.
         memory_gb: memory a trial, as Ray reserves it; default: not reserved.
-        workers: at most so many trials at a time.
-        attempts: how often a trial is tried whose worker dies (killed, out of memory).
+        workers: how many trials may run at a time; default: as many as there is room for.
+        attempts: how often a trial is tried if its worker dies (killed, out of memory).
     """
 
     cpus: float = 1
@@ -172,7 +174,7 @@ class Suite:
     """A benchmark.
 
     Attributes:
-        name: what it is called.
+        name: its name.
         methods: names, or entries with options; the controls (vanilla, rsLoRA, Init[AB], magnitude-matched random) are
             added where they are missing.
         models: the models, each with its tasks.
@@ -212,25 +214,21 @@ class Suite:
         return [*controls, *(entry for entry in given if entry.label not in {c.label for c in CONTROLS})]
 
     def searches(self) -> dict[str, Search]:
-        """Return the ways in which learning rates are found, by where they stand."""
+        """Return the options of the search, the suite's and those of its tasks, by their place in the file."""
         tasks = {f"models: {m.label}: tasks: {task.name}: search": task.search for m in self.models for task in m.tasks}
         return {"search": self.search} | {where: search for where, search in tasks.items() if search is not None}
 
 
 def read(file: str | Path) -> Suite:
-    """Read a suite, without a look at whether its methods, tasks and modules are there.
+    """Read a suite, without checking that its methods, tasks and modules are there.
 
     Raises:
         LoraInitError: no such file, or it is no suite.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
     if not Path(file).is_file():
         raise LoraInitError(f"there is no suite {file}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Suite, as_group=False)
     try:
-        found: Any = parser.instantiate_classes(parser.parse_string(Path(file).read_text()))
-    except (ArgumentError, UnicodeDecodeError) as error:
-        raise LoraInitError(f"suite {file}: {' '.join(str(error).split())}") from error
-    return Suite(**vars(found))
+        text = Path(file).read_text()
+    except UnicodeDecodeError as error:
+        raise LoraInitError(f"suite {file}: {error}") from error
+    return parse(Suite, text, f"suite {file}")

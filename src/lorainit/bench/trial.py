@@ -1,19 +1,19 @@
-"""One trial: everything that decides its numbers, and the name that follows from it."""
+"""Describes one trial: everything that decides its numbers, and the name that follows from it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import shlex
 from typing import Any
 
 from ..errors import LoraInitError
+from ..grids.result_files import Status
+from ..grids.same_recipe import DEFAULTS, fingerprint
 from ..tasks import DataOptions
 from ..train.diagnose import DiagnosisOptions
-from ..train.run import LORA_DEFAULTS, TRAIN_DEFAULTS, Recipe
-from .results import Status
+from ..train.recipe import LORA_DEFAULTS, TRAIN_DEFAULTS, Recipe
 from .search import Point
 from .suite import Forgetting, MethodEntry, ModelEntry, Search, Suite, TaskEntry
 
@@ -23,10 +23,10 @@ _ROOT = "root:"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A table: a model on a task at a rank.
+    """A model on a task at a rank: one table of the report.
 
     Attributes:
-        suite: what it belongs to.
+        suite: the suite that it belongs to.
         model: the model.
         task: the task.
         rank: the rank.
@@ -54,13 +54,12 @@ class Cell:
 
     @functools.cached_property
     def name(self) -> str:
-        """Readable, with a hash of the settings that all of its trials share: other settings are another cell."""
-        shared = _decisive(self.recipe(MethodEntry("kaiming"), Point(1.0, 0)))
-        forgetting = dataclasses.asdict(self.task.forgetting) if self.task.forgetting else None
-        return f"{self.model.label}_{self.task.name}_r{self.rank}_{_hash([shared, forgetting])}"
+        """Readable name with a hash of the settings that all trials of the cell share."""
+        shared = self.recipe(MethodEntry("kaiming"), Point(1.0, 0))
+        return f"{self.model.label}_{self.task.name}_r{self.rank}_{fingerprint(shared, self.task.forgetting)}"
 
     def recipe(self, entry: MethodEntry, point: Point) -> Recipe:
-        """Return what `lorainit train` carries out."""
+        """Return the recipe, as for `lorainit train`, of a method at a point."""
         suite, rank = self.suite, {"r": self.rank, "lora_alpha": 2 * self.rank}
         return Recipe(
             model=self.model.model,
@@ -85,7 +84,7 @@ class Cell:
         return self.recipe(MethodEntry("kaiming"), Point(1.0, 0)).train
 
     def evaluations(self) -> tuple[int, int]:
-        """Return (steps from one evaluation to the next, steps in all), which `asha` has to know.
+        """Return (steps from one evaluation to the next, steps in all), which ASHA has to know.
 
         Raises:
             LoraInitError: the suite does not say when trainings are evaluated and end.
@@ -100,15 +99,15 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A run of the table, or the diagnosis of one of its starts.
+    """A training run of a cell, or the diagnosis of one of its starts.
 
     Attributes:
         cell: name of the cell.
-        label: the method's row.
-        point: rate, seed, and what kind of run.
+        label: name of the method's row.
+        point: learning rate, seed, and what kind of run.
         recipe: what is carried out.
         forgetting: held-out text, if any.
-        diagnosis: what to find out, for the diagnosis of a start.
+        diagnosis: what to find out; None for a training run.
     """
 
     cell: str
@@ -121,14 +120,14 @@ class Trial:
     @property
     def key(self) -> str:
         """Readable name, relative to the folder of results, ending in a hash of all that decides the numbers."""
-        others = [None if part is None else dataclasses.asdict(part) for part in (self.forgetting, self.diagnosis)]
         kind = "diagnosis" if self.point.diagnosis else f"lr{self.point.rate:.3g}"
         matched = {False: "", True: "_matched", "curvature": "_bounded"}[self.point.matched]
-        more = matched + "_judged" * self.point.judged
-        return f"{self.cell}/{self.label}_{kind}{more}_s{self.point.seed}_{_hash([_decisive(self.recipe), *others])}"
+        kind += matched + "_judged" * self.point.judged
+        decisive = fingerprint(self.recipe, self.forgetting, self.diagnosis)
+        return f"{self.cell}/{self.label}_{kind}_s{self.point.seed}_{decisive}"
 
     def tags(self) -> dict[str, Any]:
-        """Return what the record says about its place in the benchmark."""
+        """Return which trial of the suite a record is of."""
         return {
             "key": self.key,
             "cell": self.cell,
@@ -156,21 +155,19 @@ class Trial:
 
 def trial(cell: Cell, entry: MethodEntry, point: Point) -> Trial:
     """Return the trial of a method at a point of its cell."""
-    suite = cell.suite
+    diagnosis = dataclasses.replace(cell.suite.diagnosis or DiagnosisOptions(), reference_lr=1.0)
     return Trial(
         cell=cell.name,
         label=entry.label,
         point=point,
         recipe=cell.recipe(entry, point),
         forgetting=None if point.diagnosis else cell.task.forgetting,
-        diagnosis=dataclasses.replace(suite.diagnosis or DiagnosisOptions(), reference_lr=1.0)
-        if point.diagnosis
-        else None,
+        diagnosis=diagnosis if point.diagnosis else None,
     )
 
 
 def cells(suite: Suite) -> list[Cell]:
-    """Return the tables of a suite."""
+    """Return the cells of a suite."""
     return [Cell(suite, model, task, rank) for model in suite.models for task in model.tasks for rank in suite.ranks]
 
 
@@ -203,30 +200,19 @@ def _located(path: str, root: str | None) -> str:
 
 def command(recipe: Recipe) -> str:
     """Return the ``lorainit train`` command that repeats a recipe."""
-    standard = dataclasses.asdict(Recipe(model="", task=""))
-    given = dataclasses.asdict(recipe)
     options: list[str] = []
-    for field, value in given.items():
-        if field in ("output", "resume", "start") or value == standard[field]:
+    for field, value in dataclasses.asdict(recipe).items():
+        if field in ("output", "resume", "start") or value == DEFAULTS[field]:
             continue
         if not isinstance(value, dict):
-            options += [f"--{field}", _spelled(value)]
+            options += [f"--{field}", _argument(value)]
             continue
-        usual: dict[str, Any] = {"lora": LORA_DEFAULTS, "train": TRAIN_DEFAULTS}.get(field) or standard[field]
+        usual: dict[str, Any] = {"lora": LORA_DEFAULTS, "train": TRAIN_DEFAULTS}.get(field) or DEFAULTS[field]
         for name, each in value.items():
             if name not in usual or usual[name] != each:
-                options += [f"--{field}.{name}", _spelled(each)]
+                options += [f"--{field}.{name}", _argument(each)]
     return shlex.join(["lorainit", "train", *options])
 
 
-def _spelled(value: Any) -> str:
+def _argument(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _decisive(recipe: Recipe) -> dict[str, Any]:
-    """Return the fields that decide the numbers: not where a method's code lies, as little as what the code is."""
-    return {name: value for name, value in dataclasses.asdict(recipe).items() if name != "imports"}
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]

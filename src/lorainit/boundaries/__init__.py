@@ -1,3 +1,3 @@
-"""Activation boundaries: which modules feed an activation, what a teacher's signs there are, how to match them."""
+"""Matches activation boundaries (ABM-LoRA): finds the modules, takes a teacher's signs there, trains the adapter."""
 
 from __future__ import annotations

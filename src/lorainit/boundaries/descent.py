@@ -1,4 +1,4 @@
-"""The gradient solver: a few steps on the boundary loss, and the rules that end them."""
+"""Minimizes the boundary loss with a few optimizer steps, and stops early by the rules of the options."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _FLOAT16_SCALE = 2.0**16
 
 
 @dataclasses.dataclass
-class Course:
-    """What a solver did.
+class Outcome:
+    """The course of a solver, for the report.
 
     Attributes:
         stopped: why it ended.
         curve: the loss L before each step (gradient), or of each layer before and after (local).
-        frozen: layers that no matched site can see: they keep their origin.
-        details: what else there is to tell, as JSON types.
+        frozen: layers that influence no matched site: they keep their origin.
+        details: further figures, as JSON types.
     """
 
     stopped: str = "steps"
@@ -44,8 +44,8 @@ class Course:
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def trained(sites: list[LoraSite]) -> list[nn.Parameter]:
-    """Return the factors that train, A and B of every layer."""
+def trained_factors(sites: list[LoraSite]) -> list[nn.Parameter]:
+    """Return the parameters that train: A and B of every layer."""
     return [offset.trained_factor(module) for site in sites for module in (site.lora_A, site.lora_B)]
 
 
@@ -55,17 +55,17 @@ def drift(site: LoraSite) -> float:
     return site.scaling * product_norm(A, B) / site.weight_norm if site.weight_norm > 0 else 0.0
 
 
-def descend(stage: Stage, *, progress: bool) -> Course:
+def descend(stage: Stage, *, progress: bool) -> Outcome:
     """Take T optimizer steps on L, one batch each, with the adapters' values in place.
 
     Raises:
         LoraInitError: no adapter lies upstream of a matched site.
         NonFiniteError: the loss is NaN or infinite; the message names step and site.
     """
-    options, course = stage.options, Course()
-    parameters = trained(stage.sites)
+    options, outcome = stage.options, Outcome()
+    parameters = trained_factors(stage.sites)
     optimizer = _optimizer(parameters, stage)
-    rules = _Rules(stage)
+    rules = _StoppingRules(stage)
     order = torch.Generator().manual_seed(stage.seed + 1)
     waiting: list[int] = []
     idle = 0
@@ -80,21 +80,21 @@ def descend(stage: Stage, *, progress: bool) -> Course:
         with stage.student(options.train_mode):
             losses = stage.losses(fed, targets, lambda found, step=step: _backward(stage, found, step))
         values = {call: float(loss.detach()) for call, loss in losses.items()}
-        course.curve.append(
+        outcome.curve.append(
             float(stage.total({call: torch.tensor(v, dtype=torch.float64) for call, v in values.items()}))
         )
         if step == 0:
-            course.frozen = _freeze_unreached(stage)
-        # AdamW would still decay the weights of a start that has nothing to match
-        idle = idle + 1 if course.curve[-1] == 0 else 0
-        rules.remember(step)  # also where no step follows: the start itself may be past a guard
+            outcome.frozen = _freeze_unreached(stage)
+        # without a gradient AdamW would still decay the weights
+        idle = idle + 1 if outcome.curve[-1] == 0 else 0
+        rules.remember(step)  # also before the first step: the start itself may be past a limit
         if idle == 0:
             optimizer.step()
-        stopped = "matched" if idle >= len(stage.train_batches) else rules.stop(step, course.curve, values)
+        stopped = "matched" if idle >= len(stage.train_batches) else rules.stop(step, outcome.curve, values)
         if stopped:
-            course.stopped = stopped
+            outcome.stopped = stopped
             break
-    return course
+    return outcome
 
 
 def _optimizer(parameters: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
@@ -117,9 +117,9 @@ def _backward(stage: Stage, losses: Mapping[Call, Tensor], step: int) -> None:
     if not stage.half:
         total.backward()
         return
-    # float16 holds nothing below 6e-8, and the gradient of a mean over a million entries is about that
+    # float16 has no values below 6e-8, the size of the gradient of a mean over a million entries
     (total * _FLOAT16_SCALE).backward()
-    for parameter in trained(stage.sites):
+    for parameter in trained_factors(stage.sites):
         if parameter.grad is not None:
             parameter.grad.div_(_FLOAT16_SCALE)
 
@@ -132,10 +132,10 @@ def _raise_unreached(stage: Stage) -> None:
 
 
 def _freeze_unreached(stage: Stage) -> list[str]:
-    """Stop gradients of the factors that the first backward pass did not reach; return the names of their layers."""
+    """Stop gradients of the factors that the first backward pass has not reached; return the names of their layers."""
     unreached: list[str] = []
     for site in stage.sites:
-        pair = trained([site])
+        pair = trained_factors([site])
         if all(p.grad is None for p in pair):
             unreached.append(site.name)
             for parameter in pair:
@@ -145,8 +145,8 @@ def _freeze_unreached(stage: Stage) -> list[str]:
     return unreached
 
 
-class _Rules:
-    """The rules that end the descent before its last step, and what it takes to take a step back."""
+class _StoppingRules:
+    """The rules that stop the descent before its last step, with the factors to return to."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.options = stage, stage.options
@@ -155,18 +155,18 @@ class _Rules:
         self._base_logits = self._logits(student=False) if self.options.max_kl is not None else None
 
     def remember(self, step: int) -> None:
-        """Keep the factors before a step that a guard may take back."""
+        """Keep the factors before a step that a limit may revert."""
         if self.options.max_drift is not None or (self._base_logits is not None and step % _KL_EVERY == 0):
-            self._kept = [p.detach().clone() for p in trained(self.stage.sites)]
+            self._kept = [p.detach().clone() for p in trained_factors(self.stage.sites)]
 
     def stop(self, step: int, curve: list[float], losses: Mapping[Call, float]) -> str | None:
         """Return why to stop after this step, or None."""
         options = self.options
         if options.max_drift is not None and max(drift(site) for site in self.stage.sites) > options.max_drift:
-            return self._take_back("max_drift")
+            return self._revert("max_drift")
         if self._base_logits is not None and (step % _KL_EVERY == _KL_EVERY - 1 or step == options.steps - 1):
             if self._divergence() > (options.max_kl or 0):
-                return self._take_back("max_kl")
+                return self._revert("max_kl")
         if options.agreement_target is not None and self._certified(losses) >= options.agreement_target:
             return "agreement_target"
         window = options.plateau
@@ -176,9 +176,9 @@ class _Rules:
                 return "plateau"
         return None
 
-    def _take_back(self, reason: str) -> str:
+    def _revert(self, reason: str) -> str:
         with torch.no_grad():
-            for parameter, kept in zip(trained(self.stage.sites), self._kept, strict=True):
+            for parameter, kept in zip(trained_factors(self.stage.sites), self._kept, strict=True):
                 parameter.copy_(kept)
         return reason
 

@@ -1,4 +1,4 @@
-r"""The local solver: matched layers that carry an adapter themselves, one after the other, without gradients.
+r"""Solves for the boundaries without gradients: matched layers that carry an adapter, one after the other.
 
 For inputs X (N×n) of such a layer, its output Z₀ (N×o) without its adapter, and targets (τ, m), alternate
 
@@ -9,7 +9,7 @@ With C = XᵀX + εI = LLᵀ and M = (Z* − Z₀)ᵀ X L⁻ᵀ the second step 
 Z* is the closest feasible point, so the first step leaves Σ max(0, m − τz)² + ε‖ΔW‖² a bound on the second's objective
 and neither raises it: the penalized loss never increases. (The derivation is lorainit's own; arXiv:2511.19145 has the
 gradient solver only.) The best part is followed from one iteration to the next by subspace iteration, each sweep of
-which captures at least as much of M as the subspace it starts from, so that monotony does not hang on convergence.
+which captures at least as much of M as the subspace it starts from, so that it is monotone without having converged.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
 from ..numerics.iterative import damped_cholesky
 from ..numerics.linalg import product_norm, randomized_svd, truncate_product
-from .descent import Course
+from .descent import Outcome
 from .loss import Target
 from .matching import MatchedSite
-from .passes import Passes
+from .passes import TruncatedForward
 from .stage import Stage
 
 _SWEEPS = 2
@@ -62,7 +62,7 @@ def solve_boundaries(
     iterations: int = 30,
     generator: torch.Generator | None = None,
 ) -> Regression:
-    """Return the low-rank update that brings a layer's outputs to the wanted side of their boundaries.
+    """Return the low-rank update that brings a layer's outputs to the target side of their boundaries.
 
     Args:
         inputs: X.
@@ -129,7 +129,7 @@ def _penalized(
     return float(violation.double().square().sum()) + epsilon * product_norm(_times_inverse(V.mT, L), P) ** 2
 
 
-def solve_locally(stage: Stage, *, progress: bool) -> Course:
+def solve_locally(stage: Stage, *, progress: bool) -> Outcome:
     """Move the adapters of the matched layers, in the order in which they run, each with the inputs it then gets.
 
     Raises:
@@ -143,7 +143,7 @@ def solve_locally(stage: Stage, *, progress: bool) -> Course:
             f"solver='local' moves adapters of matched layers, but of {[s.name for s in stage.matching.sites][:3]} "
             "none carries one; use solver='gradient', or adapt them"
         )
-    course = Course(stopped="solved")
+    outcome = Outcome(stopped="solved")
     curves: dict[str, list[float]] = {}
     for k, matched in tqdm(chosen, desc="boundaries", disable=not progress, leave=False):
         site = adapted[matched.name]
@@ -160,14 +160,14 @@ def solve_locally(stage: Stage, *, progress: bool) -> Course:
         curves[site.name] = [value / Z.numel() for value in found.curve]
         if len(found.curve) > 1:
             _write(site, found, A, B)
-    course.frozen = [site.name for site in stage.sites if len(curves.get(site.name, ())) < 2]
-    course.details = {"layer_curves": curves}
-    return course
+    outcome.frozen = [site.name for site in stage.sites if len(curves.get(site.name, ())) < 2]
+    outcome.details = {"layer_curves": curves}
+    return outcome
 
 
 @torch.no_grad()
 def _write(site: LoraSite, found: Regression, A: Tensor, B: Tensor) -> None:
-    """Write ΔW = s·BA into the adapter; directions that the update does not use keep the A that they had."""
+    """Write ΔW = s·BA into the adapter; components that the update does not use keep their A, with B = 0."""
     root = abs(site.scaling) ** 0.5
     new_A, new_B = found.A / root, found.B / (root if site.scaling > 0 else -root)
     idle = found.A.norm(dim=1) <= _NEGLIGIBLE * float(found.A.norm(dim=1).max())
@@ -179,7 +179,7 @@ def _write(site: LoraSite, found: Regression, A: Tensor, B: Tensor) -> None:
 
 def _observed(stage: Stage, k: int, matched: MatchedSite, site: LoraSite) -> tuple[Tensor, Tensor, Target]:
     """Return inputs, outputs and targets of a layer at the positions that count, at most ``options.positions``."""
-    alone = Passes(stage.model, dataclasses.replace(stage.matching, sites=(matched,)))
+    alone = TruncatedForward(stage.model, dataclasses.replace(stage.matching, sites=(matched,)))
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
     active: list[Tensor] = []
@@ -189,7 +189,7 @@ def _observed(stage: Stage, k: int, matched: MatchedSite, site: LoraSite) -> tup
     with torch.no_grad(), stage.student():
         for index, batch in enumerate(stage.train_batches):
             fed = stage.on_device(batch)
-            # before the hook is there: the teacher may run through this very layer
+            # before the hook is attached: the teacher may run through this layer too
             wanted = stage.targets(("train", index), fed)[k, 0]
             handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
             try:
@@ -197,7 +197,7 @@ def _observed(stage: Stage, k: int, matched: MatchedSite, site: LoraSite) -> tup
             finally:
                 handle.remove()
             stage.check_shape(matched, outputs[-1], wanted)
-            keep = stage.counted(k, outputs[-1], fed)
+            keep = stage.mask(k, outputs[-1], fed)
             keep = torch.ones(outputs[-1].shape[:-1], dtype=torch.bool, device=stage.device) if keep is None else keep
             inputs[-1], outputs[-1] = inputs[-1][keep], outputs[-1][keep]
             active.append(wanted.active[keep])

@@ -1,4 +1,4 @@
-r"""The boundary loss and what it certifies: pure functions on pre-activations.
+r"""The boundary loss and the agreement that it certifies: pure functions on pre-activations.
 
 Lee et al. 2025, "ABM-LoRA: Activation Boundary Matching for Fast Convergence in Low-Rank Adaptation", arXiv:2511.19145
 (eq. 22), and the authors' code. With z the student's pre-activation and τ the sign of the teacher's zᵗ (−1 for zᵗ ≤ 0):
@@ -27,7 +27,7 @@ _LEVELS = 255
 
 
 class Target(NamedTuple):
-    """What a teacher asks of one site: the side of the boundary, and how far from it.
+    """A teacher's target at one site: the side of the boundary, and the margin to keep from it.
 
     Attributes:
         active: zᵗ > 0, of the shape of the pre-activation.
@@ -47,14 +47,14 @@ def layer_weights(layers: int, kind: Weighting = "sequential") -> tuple[float, .
     return tuple(((j + 1) / layers) ** _POWER[kind] for j in range(layers))
 
 
-def spread(teacher: Float[Tensor, "*shape width"], keep: Tensor | None = None) -> float:
+def standard_deviation(teacher: Float[Tensor, "*shape width"], keep: Tensor | None = None) -> float:
     """Return the standard deviation (around the mean) of a teacher's pre-activations, padding left out."""
     counted = (teacher if keep is None else teacher[keep]).double()
     return float(counted.std(correction=0))
 
 
 def target(teacher: Float[Tensor, "*shape width"], margin: float, kind: MarginKind = "absolute") -> Target:
-    """Return the target that a teacher's pre-activations set.
+    """Return the target from a teacher's pre-activations.
 
     Args:
         teacher: zᵗ.
@@ -62,7 +62,7 @@ def target(teacher: Float[Tensor, "*shape width"], margin: float, kind: MarginKi
         kind: ``"absolute"`` m, ``"relative"`` m·std(zᵗ), or ``"clipped"`` min(m, |zᵗ|): the teacher itself has loss 0.
     """
     if kind == "relative":
-        return Target(teacher > 0, margin * spread(teacher))
+        return Target(teacher > 0, margin * standard_deviation(teacher))
     return Target(teacher > 0, margin if kind == "absolute" else teacher.abs().clamp(max=margin))
 
 
@@ -74,12 +74,12 @@ def quantized(distance: Tensor, margin: float) -> Tensor:
 
 
 def dequantized(levels: Tensor, margin: float, dtype: torch.dtype) -> Tensor:
-    """Return the distances that `quantized` stored; a hair below, so that rounding adds no loss either."""
+    """Return the distances that `quantized` stored, reduced by a few rounding units so that rounding adds no loss."""
     return levels.to(dtype) * (margin / _LEVELS * (1 - 4 * torch.finfo(dtype).eps))
 
 
 class _MeanHinge(torch.autograd.Function):
-    """Mean of max(0, m − τz)² that keeps one tensor of the size of z for the backward pass: the gradient itself."""
+    """Mean of max(0, m − τz)² that saves one tensor of the size of z for the backward pass, the gradient."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, active: Tensor, margin: float | Tensor, keep: Tensor | None) -> Tensor:
@@ -87,7 +87,7 @@ class _MeanHinge(torch.autograd.Function):
         count = z.numel() if keep is None else int(keep.sum()) * z.shape[-1]
         loss = slack.square().sum() / count
         if ctx.needs_input_grad[0]:
-            # not yet divided by the count, which would drown in a half-precision z
+            # not yet divided by the count: half precision would round that to zero
             ctx.save_for_backward(torch.where(active, -slack, slack).to(z.dtype))
             ctx.factor = 2 / count
         return loss
@@ -112,7 +112,7 @@ def site_loss(z: Float[Tensor, "*shape width"], wanted: Target, keep: Tensor | N
 
     Args:
         z: the student's pre-activations.
-        wanted: what the teacher asks for.
+        wanted: the target.
         keep: which positions count, of the shape of z without its width; default: all.
     """
     return _MeanHinge.apply(z, wanted.active, wanted.margin, keep)  # pyright: ignore[reportReturnType]
@@ -156,7 +156,7 @@ def boundary_loss(
         if z.shape != reference.shape:
             raise ValueError(f"site {k}: student {tuple(z.shape)} and teacher {tuple(reference.shape)} differ")
         mask = None if keep is None else keep[k]
-        margins = margin * spread(reference, mask) if kind == "relative" else margin
+        margins = margin * standard_deviation(reference, mask) if kind == "relative" else margin
         wanted = target(reference, margins, "clipped" if kind == "clipped" else "absolute")
         total = total + weight * site_loss(z, wanted, mask)
     return total / len(student)

@@ -1,4 +1,4 @@
-"""Which modules' boundaries are matched: automatically or by pattern, some layers of each stack, with their weights."""
+"""Chooses the modules whose boundaries are matched, automatically or by pattern, and their weights in the loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tracing import Trace, has_weight_matrix, layers_of
 Layers = int | float | str | Sequence[int]
 Scope = Literal["both", "encoder", "decoder"]
 
-# what is known to feed the activation, by Transformers' model_type: a check on what the trace finds, nothing more
+# modules that feed the activation, by Transformers' model_type: only a check on the trace
 _KNOWN = {
     r"wi|wi_0": ("t5", "mt5", "umt5"),
     r"gate_proj": ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
@@ -59,7 +59,7 @@ class Matching:
         sites: the sites.
         stop: the first module that begins after the last of them has returned, and lies in another block; None if none.
         details: how they were found, as JSON types.
-        warnings: what the user should know about the choice.
+        warnings: remarks on the choice for the user.
     """
 
     sites: tuple[MatchedSite, ...]

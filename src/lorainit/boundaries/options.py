@@ -29,7 +29,7 @@ _WHOLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of ABM-LoRA; the defaults are the authors' where their code has one, and deterministic where it does not.
+    """Options of ABM-LoRA; defaults are the authors' where their code has one, else deterministic.
 
     Attributes:
         teacher: whose boundaries to match: ``"base"``; the name of an adapter on the same model; a folder with a LoRA
@@ -66,7 +66,7 @@ class Options:
         iterations: of the local solver, a layer.
         ridge: of the local solver: weight ε of ‖ΔW‖², relative to the mean diagonal of XᵀX.
         positions: of the local solver: inputs a layer at most.
-        cache: keep what a fixed teacher asks for instead of running it again.
+        cache: keep a fixed teacher's targets instead of running it again.
         cache_bytes: memory for that; the rest goes to a temporary folder.
         early_stop: end each pass after the last matched site.
         report_batches: batches of training rows on which the report compares before and after; 0 for none, held-out

@@ -1,4 +1,4 @@
-"""Forward passes that end after the last matched site, with a visitor at each matched output."""
+"""Runs forward passes up to the last matched site and visits the output of each matched site."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class _Stop(Exception):
     """Ends a forward pass after the last matched output."""
 
 
-class Passes:
+class TruncatedForward:
     """Runs one model up to the last matched site.
 
     Args:
         model: the student's or the teacher's model.
         matching: the matched sites.
-        early_stop: end the forward pass after the last matched output, the rest of it is of no use.
+        early_stop: end the forward pass after the last matched output; the rest is not needed.
 
     Raises:
         LoraInitError: the model lacks a matched site (a teacher of another architecture).
@@ -59,7 +59,7 @@ class Passes:
             batch: as the model takes it.
             visit: ``call`` is (k, i): the i-th call of the k-th site. While ``then`` recomputes a checkpointed block it
                 is called again with the same ``call``, and has to compute the same.
-            then: what to do while the hooks are still there: the backward pass.
+            then: run while the hooks are still attached: the backward pass.
 
         Raises:
             LoraInitError: the model refuses the batch, or a site did not run as often as in the first pass.
@@ -68,16 +68,16 @@ class Passes:
         running = True
 
         def hook(k: int) -> Any:
-            def returned(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            def visit_output(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
                 visit((k, seen[k] if running else 0), output)
                 seen[k] += running
-                # inside of a checkpointed block an exception would spoil its recomputation: stop right after it
+                # an exception inside a checkpointed block would break its recomputation: stop right after the block
                 if running and self.early_stop and sum(seen) == self.matching.calls and not self._blocks_recompute:
                     raise _Stop
 
-            return returned
+            return visit_output
 
-        def begins(*_: Any) -> None:
+        def stop_early(*_: Any) -> None:
             if running and self.early_stop and sum(seen) == self.matching.calls:
                 raise _Stop
 
@@ -85,7 +85,7 @@ class Passes:
             for k, module in enumerate(self._modules):
                 hooks.callback(module.register_forward_hook(hook(k)).remove)
             if self._stop is not None and self._blocks_recompute:
-                hooks.callback(self._stop.register_forward_pre_hook(begins).remove)
+                hooks.callback(self._stop.register_forward_pre_hook(stop_early).remove)
             with contextlib.suppress(_Stop):
                 forward(self.model, batch)
             running = False
@@ -98,7 +98,7 @@ class Passes:
                 then()
 
 
-def outputs(passes: Passes, batch: Any) -> dict[Call, Tensor]:
+def outputs(passes: TruncatedForward, batch: Any) -> dict[Call, Tensor]:
     """Return the output of every call of a matched site."""
     found: dict[Call, Tensor] = {}
     passes.run(batch, lambda call, output: found.__setitem__(call, output.detach()))

@@ -1,4 +1,4 @@
-"""Calibration rows: taken out of the user's batches, freed of their padding, and put together anew.
+"""Splits the user's batches into rows without padding, and collates rows into new batches.
 
 Training steps must not depend on how the data came in batches, so the rows are separated first. A row's padding is cut
 off by its attention mask and put back, on the right, only as far as the new batch needs.
@@ -42,7 +42,7 @@ def _is_padding(row: Any) -> bool:
 
 
 def _unpadded(row: Any, two_sided: bool) -> Any:
-    """Cut the padding of a row off: from all tensors as long as the attention mask, and from a decoder's."""
+    """Cut off a row's padding: in all tensors as long as the attention mask, and in those of a decoder by its own."""
     if not isinstance(row, Mapping):
         return row
     row = dict(row)
@@ -64,7 +64,7 @@ def _is_sequence(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() == 2  # noqa: PLR2004 - (rows, tokens)
 
 
-def put_together(rows: Sequence[Any], model: nn.Module) -> Any:
+def collate(rows: Sequence[Any], model: nn.Module) -> Any:
     """Return one batch of some rows, padded on the right where their lengths differ.
 
     Raises:
@@ -106,7 +106,7 @@ def _joined(key: str, values: list[Any], padding: dict[str, int]) -> Any:
 
 
 def without_labels(batch: Any, model: nn.Module, decoder_inputs: str) -> Any:
-    """Return what stage 1 feeds the model: no labels, unless an encoder-decoder is to see them as decoder inputs.
+    """Return the batch as stage 1 feeds it: without labels, unless an encoder-decoder takes them as decoder inputs.
 
     ``decoder_inputs="start_token"`` gives an encoder-decoder the start token alone.
 
@@ -133,7 +133,7 @@ def without_labels(batch: Any, model: nn.Module, decoder_inputs: str) -> Any:
 
 
 def position_mask(name: str, output: Tensor, batch: Any, model: nn.Module, reads_decoder: bool) -> Tensor | None:
-    """Return which positions of a module's output count (rows × positions); None where all do.
+    """Return the mask of the positions of a module's output that count (rows × positions); None where all do.
 
     Raises:
         LoraInitError: there is padding, and the positions cannot be matched with the mask.

@@ -1,4 +1,4 @@
-"""What a fixed teacher asks for, kept: one bit an entry, in memory up to a budget and on disk beyond it."""
+"""Caches a fixed teacher's targets: one bit an entry, in memory up to a budget and on disk beyond it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Packed(NamedTuple):
 
 
 def pack(flags: Tensor) -> Packed:
-    """Return booleans as bits.
+    """Pack booleans into bits.
 
     Example:
         >>> import torch
@@ -42,7 +42,7 @@ def pack(flags: Tensor) -> Packed:
 
 
 def unpack(packed: Packed, device: torch.device | None = None) -> Tensor:
-    """Return the booleans again."""
+    """Return the booleans of packed bits."""
     data = packed.data.to(device)
     bits = torch.arange(_BITS, dtype=torch.uint8, device=data.device)
     flags = (data[:, None] >> bits) & 1
@@ -50,7 +50,7 @@ def unpack(packed: Packed, device: torch.device | None = None) -> Tensor:
     return flags.flatten()[:count].view(packed.shape).bool()
 
 
-class Store:
+class TensorCache:
     """Lists of tensors by key, in memory up to a budget and in a temporary folder beyond it.
 
     Args:
@@ -80,7 +80,7 @@ class Store:
         self.bytes_on_disk += size
 
     def get(self, key: Hashable) -> list[Tensor]:
-        """Return what was kept under a key."""
+        """Return the tensors under a key."""
         return self._held[key] if key in self._held else torch.load(self._files[key], weights_only=True)
 
     def close(self) -> None:

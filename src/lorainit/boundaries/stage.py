@@ -1,4 +1,4 @@
-"""Stage 1 as both solvers see it: the matched sites, the rows, the teacher's targets, the student's losses."""
+"""Holds stage 1 of ABM-LoRA, boundary matching: sites, batches, the teacher's targets, the student's losses."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
 from ..statistics.batches import forward, iterate
 from ..statistics.positions import reads_decoder
-from .loss import Target, dequantized, quantized, site_loss, spread, squared_error
+from .loss import Target, dequantized, quantized, site_loss, squared_error, standard_deviation
 from .matching import MatchedSite, match
 from .options import Options
-from .passes import Call, Passes, outputs
-from .rows import position_mask, put_together, read_rows, without_labels
-from .signs import Packed, Store, pack, unpack
+from .passes import Call, TruncatedForward, outputs
+from .rows import collate, position_mask, read_rows, without_labels
+from .signs import Packed, TensorCache, pack, unpack
 from .teacher import Teacher, find_teacher
 from .tracing import Trace, trace
 
@@ -48,7 +48,7 @@ class Score:
 
 
 class Stage:
-    """Everything that stage 1 works with; ``with Stage(...)`` puts the model back afterwards.
+    """The state of stage 1, which both solvers work on; ``with Stage(...)`` frees its cache afterwards.
 
     Args:
         model: the model, its adapter standing at the origin.
@@ -81,21 +81,23 @@ class Stage:
         last = max(i for i, name in enumerate(seen.calls) if name in names)
         self.reached = {name for calls, name in seen.starts if calls <= last}
         self.teacher: Teacher = find_teacher(model, options.teacher, self.adapter, self.reached)
-        self.passes = Passes(model, self.matching, early_stop=options.early_stop)
+        self.student_forward = TruncatedForward(model, self.matching, early_stop=options.early_stop)
         own = self.teacher.kind != "model"
-        self._teacher_passes = (
-            self.passes if own else Passes(self.teacher.model, self.matching, early_stop=options.early_stop)
+        self._teacher_forward = (
+            self.student_forward
+            if own
+            else TruncatedForward(self.teacher.model, self.matching, early_stop=options.early_stop)
         )
-        self.store = Store(options.cache_bytes)
+        self.cache = TensorCache(options.cache_bytes)
         self.teacher_passes = 0
         self._stack = ExitStack()
         self.margins = [options.margin] * len(self.matching.sites)
 
     def __enter__(self) -> Stage:
         try:
-            self._stack.callback(self.store.close)
+            self._stack.callback(self.cache.close)
             if self.options.margin_kind == "relative" and self.options.loss == "hinge":
-                self.margins = [self.options.margin * s for s in self._spreads()]
+                self.margins = [self.options.margin * s for s in self._deviations()]
         except BaseException:
             self._stack.close()
             raise
@@ -106,22 +108,22 @@ class Stage:
 
     def _batches(self, rows: list[Any]) -> list[Any]:
         size = self.options.batch_size
-        return [put_together(rows[i : i + size], self.model) for i in range(0, len(rows), size)]
+        return [collate(rows[i : i + size], self.model) for i in range(0, len(rows), size)]
 
     def _trace(self, batch: Any) -> Trace:
         fed = self.on_device(batch)
-        with switches.adapter(self.model, None), switches.mode(self.model, training=False):
+        with switches.evaluation(self.model):
             with switches.precision(self.device, self.autocast):
                 return trace(self.model, lambda: forward(self.model, fed))
 
     def on_device(self, batch: Any) -> Any:
-        """Return what stage 1 feeds the model of a batch: without labels, on the model's device."""
+        """Return a batch as stage 1 feeds it to the model: without labels, on the model's device."""
         (moved,) = iterate([batch], None, None, self.device)
         return without_labels(moved, self.model, self.options.decoder_inputs)
 
     # --- the teacher ---------------------------------------------------------------------------------------------
 
-    def teach(self, key: tuple[str, int], fed: Any) -> dict[Call, Tensor]:
+    def teacher_outputs(self, key: tuple[str, int], fed: Any) -> dict[Call, Tensor]:
         """Return the teacher's pre-activations on a batch.
 
         Raises:
@@ -130,18 +132,18 @@ class Stage:
         self.teacher_passes += 1
         with self.teacher.switched(), switches.mode(self.teacher.model, training=False), torch.no_grad():
             with switches.precision(self.device, self.autocast):
-                found = outputs(self._teacher_passes, fed)
+                found = outputs(self._teacher_forward, fed)
         for (k, _), z in found.items():
-            keep = self.counted(k, z, fed)
+            keep = self.mask(k, z, fed)
             if not bool(torch.isfinite(z if keep is None else z[keep]).all()):
                 raise NonFiniteError(
-                    f"stage 1, {self._called(key)}: the teacher's output at '{self.matching.sites[k].name}' holds NaN "
-                    "or infinity; is there NaN in the data, or in the teacher's weights?"
+                    f"stage 1, {self._batch_name(key)}: the teacher's output at '{self.matching.sites[k].name}' holds "
+                    "NaN or infinity; is there NaN in the data, or in the teacher's weights?"
                 )
         return found
 
-    def _called(self, key: tuple[str, int]) -> str:
-        """Return what to call a batch in a message; the first steps take the training batches as they come."""
+    def _batch_name(self, key: tuple[str, int]) -> str:
+        """Return the name of a batch for a message; the first steps take the training batches in order."""
         part, index = key
         if part != "train":
             return f"held-out batch {index}"
@@ -149,21 +151,21 @@ class Stage:
         return f"training batch {index}" + (f" (step {index})" if stepped else "")
 
     def targets(self, key: tuple[str, int], fed: Any) -> dict[Call, Target]:
-        """Return what the teacher asks for on a batch: from the store, where it is kept.
+        """Return the teacher's targets on a batch, from the cache where they are held.
 
         For ``loss="mse"`` the "margin" of a target holds the teacher's values themselves, which are never kept.
         """
         if self.options.loss == "mse":
-            return {call: Target(z > 0, z) for call, z in self.teach(key, fed).items()}
-        if key in self.store:
-            return self._unpacked(self.store.get(key))
+            return {call: Target(z > 0, z) for call, z in self.teacher_outputs(key, fed).items()}
+        if key in self.cache:
+            return self._unpacked(self.cache.get(key))
         clipped = self.options.margin_kind == "clipped"
-        asked: dict[Call, tuple[Tensor, Tensor | None]] = {}
-        for call, z in self.teach(key, fed).items():
-            asked[call] = (z > 0, quantized(z, self.options.margin) if clipped else None)
+        targets: dict[Call, tuple[Tensor, Tensor | None]] = {}
+        for call, z in self.teacher_outputs(key, fed).items():
+            targets[call] = (z > 0, quantized(z, self.options.margin) if clipped else None)
         if self.options.cache:
-            self.store.put(key, self._packed(asked))
-        return {call: self._target(call, *pair) for call, pair in asked.items()}
+            self.cache.put(key, self._packed(targets))
+        return {call: self._target(call, *pair) for call, pair in targets.items()}
 
     def _target(self, call: Call, active: Tensor, levels: Tensor | None) -> Target:
         if levels is None:
@@ -171,9 +173,9 @@ class Stage:
         wide = next(self.model.parameters()).dtype == torch.float64
         return Target(active, dequantized(levels, self.options.margin, torch.float64 if wide else torch.float32))
 
-    def _packed(self, asked: dict[Call, tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    def _packed(self, targets: dict[Call, tuple[Tensor, Tensor | None]]) -> list[Tensor]:
         kept: list[Tensor] = []
-        for call, (active, levels) in asked.items():
+        for call, (active, levels) in targets.items():
             packed = pack(active)
             kept += [torch.tensor([*call, *packed.shape]), packed.data]
             kept += [levels.cpu() if levels is not None else torch.empty(0, dtype=torch.uint8)]
@@ -187,25 +189,25 @@ class Stage:
             found[k, i] = self._target((k, i), unpack(Packed(data, tuple(shape)), self.device), distances)
         return found
 
-    def _spreads(self) -> list[float]:
-        """Return the standard deviation of the teacher's pre-activations a site, over the first training batches."""
+    def _deviations(self) -> list[float]:
+        """Return the standard deviations of the teacher's pre-activations by site, over the first training batches."""
         squares = [0.0] * len(self.matching.sites)
         batches = self.train_batches[: max(1, self.options.report_batches)]
         for index, batch in enumerate(batches):
             fed = self.on_device(batch)
-            for (k, _), z in self.teach(("train", index), fed).items():
-                squares[k] += spread(z, self.counted(k, z, fed)) ** 2 / self.matching.sites[k].calls
+            for (k, _), z in self.teacher_outputs(("train", index), fed).items():
+                squares[k] += standard_deviation(z, self.mask(k, z, fed)) ** 2 / self.matching.sites[k].calls
         return [(s / len(batches)) ** 0.5 for s in squares]
 
     # --- the student ---------------------------------------------------------------------------------------------
 
-    def counted(self, k: int, z: Tensor, fed: Any) -> Tensor | None:
-        """Return which positions of a site's output count."""
+    def mask(self, k: int, z: Tensor, fed: Any) -> Tensor | None:
+        """Return the mask of the positions of a site's output that count; None where all do."""
         name = self.matching.sites[k].name
         return position_mask(name, z, fed, self.model, reads_decoder(name))
 
     def student(self, train_mode: bool = False) -> ExitStack:
-        """Switch the model to the student: its adapter alone, in evaluation mode unless asked otherwise."""
+        """Switch the model to the student: its adapter alone, in evaluation mode unless ``train_mode``."""
         stack = ExitStack()
         stack.enter_context(switches.adapter(self.model, self.adapter))
         stack.enter_context(switches.mode(self.model, training=train_mode))
@@ -224,10 +226,10 @@ class Stage:
             wanted = targets[call]
             self.check_shape(self.matching.sites[call[0]], z, wanted)
             argument: Any = wanted.margin if self.options.loss == "mse" else wanted
-            value = loss(z, argument, self.counted(call[0], z, fed))
-            found.setdefault(call, value)  # a recomputed block comes here again: the first value is the loss
+            value = loss(z, argument, self.mask(call[0], z, fed))
+            found.setdefault(call, value)  # a recomputed block comes here again; the first value is the loss
 
-        self.passes.run(fed, visit, (lambda: then(found)) if then is not None else None)
+        self.student_forward.run(fed, visit, (lambda: then(found)) if then is not None else None)
         return found
 
     def total(self, losses: dict[Call, Tensor]) -> Tensor:
@@ -256,12 +258,12 @@ class Stage:
                 def visit(call: Call, z: Tensor, fed: Any = fed, targets: dict[Call, Target] = targets) -> None:
                     self._add(scores[call[0]], z, targets[call], call[0], fed)
 
-                self.passes.run(fed, visit)
+                self.student_forward.run(fed, visit)
         return scores
 
     def _add(self, score: Score, z: Tensor, wanted: Target, k: int, fed: Any) -> None:
         self.check_shape(self.matching.sites[k], z, wanted)
-        keep = self.counted(k, z, fed)
+        keep = self.mask(k, z, fed)
         entries = z.numel() if keep is None else int(keep.sum()) * z.shape[-1]
         side, active, margin = z > 0, wanted.active, wanted.margin
         zf = z if z.dtype == torch.float64 else z.float()

@@ -1,6 +1,6 @@
-"""Who the teacher is: the base, another adapter, an adapter folder, another model; and what it asks of a batch.
+"""Finds the teacher whose boundaries are matched: the base, another adapter, an adapter folder, or another model.
 
-All but another model share the student's base: the teacher is the same network with its adapters switched.
+All but another model share the student's base: the teacher is then the same network with other adapters active.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Teacher:
     Attributes:
         kind: ``"base"``, ``"adapter"``, ``"folder"`` or ``"model"``.
         model: the network to run.
-        switched: puts it into the teacher's state for a while.
-        warnings: what the user should know.
+        switched: switches its adapters to the teacher for a while; whoever runs it sets evaluation mode.
+        warnings: remarks for the user.
     """
 
     kind: str
@@ -57,7 +57,7 @@ def find_teacher(model: nn.Module, teacher: Any, student: str, reached: set[str]
     """
     if isinstance(teacher, nn.Module):
         _check_apart(model, teacher)
-        return Teacher("model", teacher, lambda: _evaluated(teacher))
+        return Teacher("model", teacher, contextlib.nullcontext)
     carrying = _layers_by_adapter(model)
     adapters = carrying.keys()
     if teacher == "base":
@@ -86,7 +86,7 @@ def find_teacher(model: nn.Module, teacher: Any, student: str, reached: set[str]
 
 
 def _check_apart(model: nn.Module, teacher: nn.Module) -> None:
-    """Raise if two modules are one network: what they share would be the student's when the teacher runs.
+    """Raise if two modules share LoRA layers: the teacher would then run with the student's adapter.
 
     Raises:
         LoraInitError: they share a LoRA layer, as a model from `peft.get_peft_model` and the base it was made of do.
@@ -112,7 +112,7 @@ def _layers_by_adapter(model: nn.Module) -> dict[str, dict[str, LoraLayer]]:
 
 
 def _factors(layer: LoraLayer, adapter: str) -> Iterator[Tensor]:
-    """Yield an adapter's A and B in a layer, a table's as well."""
+    """Yield an adapter's A and B in a layer, those of an embedding included."""
     for pairs in (layer.lora_A, layer.lora_B):
         if adapter in pairs:
             yield from pairs[adapter].parameters()
@@ -122,7 +122,7 @@ def _factors(layer: LoraLayer, adapter: str) -> Iterator[Tensor]:
 
 
 def _check_finite(teacher: str, name: str, factors: Iterable[Tensor]) -> None:
-    """Raise if a layer of a teacher is broken: attention may swallow NaN, and no output shows it.
+    """Raise if a factor of a teacher is not finite, which attention may hide from the outputs.
 
     Raises:
         NonFiniteError: a factor holds NaN or infinity.
@@ -132,7 +132,7 @@ def _check_finite(teacher: str, name: str, factors: Iterable[Tensor]) -> None:
 
 
 def _unseen_warning(teacher: str, layers: Iterable[str], reached: set[str]) -> tuple[str, ...]:
-    """Return the warning that a teacher teaches what the base would, where none of its layers matters."""
+    """Return a warning where none of a teacher's layers runs before the last matched site: it equals the base there."""
     layers = list(layers)
     if not reached.isdisjoint(layers):
         return ()
@@ -140,12 +140,6 @@ def _unseen_warning(teacher: str, layers: Iterable[str], reached: set[str]) -> t
         f"teacher {teacher} adapts no layer that runs before the last matched site (its first is '{layers[0]}'): what "
         "it teaches is what the base computes",
     )
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    with switches.mode(model, training=False):
-        yield
 
 
 @contextlib.contextmanager
@@ -182,7 +176,7 @@ def _base_layer(module: nn.Module) -> nn.Module:
 
 
 def _read_updates(model: nn.Module, path: Path, reached: set[str]) -> tuple[dict[str, _Update], tuple[str, ...]]:
-    """Return {layer name: update} of an adapter folder, for this model; updates of layers that do not matter left out.
+    """Return {layer name: update} of an adapter folder, for this model; without layers that are not reached.
 
     Raises:
         LoraInitError: the folder is for another base, or holds more than low-rank updates.

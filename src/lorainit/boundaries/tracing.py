@@ -1,4 +1,4 @@
-"""Which modules feed a pointwise activation, and in which order modules run: found by watching one forward pass."""
+"""Traces one forward pass: which modules feed a pointwise activation, and in which order modules run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _ACTIVATIONS = frozenset(
     "relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish sigmoid logsigmoid hardsigmoid hardswish hardtanh "
     "tanh softplus softsign threshold log_sigmoid".split()
 )
-# entry by entry, or only another shape: what comes out still belongs to the one module that fed it. Slices do not: half
-# of a fused projection is no site
+# elementwise or reshaping: the result still belongs to the one module that fed it. Slices are left out: half of a fused
+# projection is no site
 _TRANSPARENT = frozenset(
     "mul add sub div pow neg square rsub true_divide multiply subtract divide view reshape permute transpose "
     "contiguous to float half bfloat16 double type_as clone detach dropout flatten unflatten squeeze unsqueeze "
@@ -31,7 +31,7 @@ _TRANSPARENT = frozenset(
 
 @dataclasses.dataclass
 class Trace:
-    """What one forward pass showed.
+    """The result of tracing one forward pass.
 
     Attributes:
         calls: names of the modules that have weights of their own (layers), in the order in which they returned.
@@ -80,7 +80,7 @@ class _Lineage(TorchFunctionMode):
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return {name in the base model: module} of all modules, what lies inside a LoRA layer left out."""
+    """Return {name in the base model: module} of all modules except those inside a LoRA layer."""
     found: dict[str, nn.Module] = {}
     inside = None  # children come right after their parent, so one prefix is enough
     for path, module in model.named_modules():
@@ -93,7 +93,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def has_weight_matrix(module: nn.Module) -> bool:
-    """Say whether a module is a layer: it holds a weight matrix (or is a LoRA layer around one), and no table."""
+    """Say whether a module is a layer: it (or the layer inside a LoRA layer) holds a weight matrix, no embedding."""
     if isinstance(module, LoraLayer):
         module = module.get_base_layer()
     weight = module._parameters.get("weight")
@@ -124,18 +124,18 @@ def trace(model: nn.Module, run: Callable[[], object]) -> Trace:
 
 
 def _watch(name: str, module: nn.Module, found: Trace, lineage: _Lineage) -> Iterator[Any]:
-    """Put the hooks of one module and yield their handles."""
+    """Attach the hooks of one module and yield their handles."""
 
-    def begins(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def on_start(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         found.starts.append((len(found.calls), name))
         if _is_activation(module):
             lineage.activated(inputs)
 
-    def returns(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def on_return(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor):
             found.calls.append(name)
             lineage.record(output, name)
 
-    yield module.register_forward_pre_hook(begins)
+    yield module.register_forward_pre_hook(on_start)
     if has_weight_matrix(module):
-        yield module.register_forward_hook(returns)
+        yield module.register_forward_hook(on_return)

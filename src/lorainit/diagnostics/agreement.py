@@ -1,4 +1,4 @@
-"""Activation boundaries: how many pre-activations lie on the same side of 0 in two states of a model."""
+"""Counts the pre-activations that lie on the same side of 0 in two states of a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Signs = dict[str, list[Tensor]]
 def activated_layers(model: nn.Module, batch: Any) -> list[str]:
     """Return the modules that feed a pointwise activation, in the order in which they run on one row of a batch."""
     row = take_rows(batch, slice(0, 1))
-    with switches.adapter(model, None), switches.mode(model, training=False):
+    with switches.evaluation(model):
         found = trace(model, lambda: forward(model, row))
     return [name for name in dict.fromkeys(found.calls) if name in found.feeding]
 

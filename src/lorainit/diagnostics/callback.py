@@ -1,4 +1,4 @@
-"""The curves of a start while it trains: information loss, boundary agreement, distance, gradient norms."""
+"""Records information loss, boundary agreement, distance and gradient norms while an adapter trains."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _gradient_norms(sites: list[LoraSite]) -> dict[str, float]:
 
 
 def _update_norm(sites: list[LoraSite]) -> float:
-    """Return ‖ΔW‖/‖W‖ over all layers: of the update of the base that the adapter stands for, an offset subtracted."""
+    """Return ‖ΔW‖/‖W‖ over all layers, ΔW the adapter's update without an offset."""
     updates, weights = 0.0, 0.0
     for site in sites:
         a, b = (factor.flatten(1) for factor in update_factors(site.lora_A, site.lora_B))

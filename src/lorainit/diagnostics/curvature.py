@@ -1,4 +1,4 @@
-r"""How curved the loss is in the adapter's parameters θ = {A, B}: Hessian products and the top eigenvalue.
+r"""Measures the curvature of the loss in the adapter's parameters θ = {A, B}: Hessian products, top eigenvalue.
 
 Gradient descent is stable up to η = 2/λ, λ the top eigenvalue of the Hessian; "Learning Rate Matters"
 (arXiv:2602.04998) found that the best rates of LoRA starts go with it. Under (A, B, s) → (cA, cB, s/c²) the Hessian is
@@ -8,7 +8,6 @@ starts of one model are equally near to instability at rates as 1/λ under SGD a
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -49,7 +48,7 @@ def top_eigenvalue(
     for _ in range(min(iterations, start.numel())):
         image = product(basis[-1])
         diagonal.append(float(image @ basis[-1]))
-        for _ in range(2):  # twice is enough (Parlett): rounding would bring converged directions back
+        for _ in range(2):  # twice is enough (Parlett) against converged directions that come back by rounding
             for vector in basis:
                 image = image - (image @ vector) * vector
         rest = float(image.norm())
@@ -91,9 +90,9 @@ class AdapterLoss:
             LoraInitError: an operation of the model cannot be differentiated twice.
         """
         terms, sums = 0, [torch.zeros_like(p) for p in self.parameters]
-        alone = switches.adapter(self.model, self.adapter)
         # the fused attention kernels have no second derivative
-        with torch.enable_grad(), alone, only_trainable(self.model, self.parameters), sdpa_kernel(SDPBackend.MATH):
+        alone = switches.evaluation(self.model, self.adapter, self.parameters)
+        with torch.enable_grad(), alone, sdpa_kernel(SDPBackend.MATH):
             for loss, count in self._losses():
                 try:
                     first = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
@@ -136,22 +135,3 @@ class AdapterLoss:
             if not loss.requires_grad:
                 raise LoraInitError("the loss does not depend on any layer that carries the adapter")
             yield loss, terms
-
-
-@contextlib.contextmanager
-def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Put the model into eval mode with gradients for ``parameters`` alone, and put everything back."""
-    training = [(m, m.training) for m in model.modules()]
-    required = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in required:
-            parameter.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter, flag in required:
-            parameter.requires_grad_(flag)

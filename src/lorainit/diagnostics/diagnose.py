@@ -1,4 +1,4 @@
-"""`lorainit.diagnose`: what a start preserves, what it can follow, how large its first steps are; from a few batches.
+"""`lorainit.diagnose`: measures a start on a few batches: what it preserves, which gradients it can follow, step sizes.
 
 One forward and backward pass with the adapter, and a forward pass of the base, over each batch (with gradients too
 where the start has moved the function). Held is one weight gradient a layer, and two small sketches a batch.
@@ -6,11 +6,10 @@ where the start has moved the function). Held is one weight gradient a layer, an
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +31,8 @@ from ..statistics.watch import Watch
 from . import tangent
 from .agreement import Agreement, Signs, activated_layers, watched
 from .curvature import AdapterLoss
-from .diagnosis import Diagnosis, LayerDiagnosis
+from .diagnosis import Diagnosis
+from .layer import LayerDiagnosis
 from .resampling import Sketches, interval, resamples
 from .tangent import Tangent
 
@@ -49,7 +49,7 @@ def diagnose(
     loss_function: LossFunction | None = None,
     seed: int = 0,
 ) -> Diagnosis:
-    """Tell what an adapter is worth at its present values, after its start or at any time of training.
+    """Measure an adapter at its present values, after its start or at any time of training.
 
     The model is run in evaluation mode and left as it was.
 
@@ -118,7 +118,7 @@ def _check(sites: Sequence[LoraSite], adapter_name: str, bootstrap: int) -> None
 
 @dataclasses.dataclass
 class _LayerSums:
-    """What is held of one layer: G now, G at the base's weights (the same object where the function is the base's)."""
+    """Sums of one layer: the gradient now, and at the base's weights where the function has moved."""
 
     tangent: Tangent
     sketches: Sketches
@@ -127,7 +127,7 @@ class _LayerSums:
 
 
 class _Sums:
-    """What the passes over the batches add up to."""
+    """Sums over the batches."""
 
     def __init__(
         self, model: nn.Module, sites: list[LoraSite], names: list[str], teacher: Teacher, loss: LossFunction
@@ -143,16 +143,16 @@ class _Sums:
             self.layers[site.name] = _LayerSums(place, Sketches(place))
 
     def add(self, batch: Any) -> None:
-        """Run everything that is needed over one batch."""
+        """Add one batch."""
         adapter = self.sites[0].adapter
-        with _state(self.model, adapter), watched(self.model, self.names) as student:
+        with switches.evaluation(self.model, adapter), watched(self.model, self.names) as student:
             loss, terms, gradients = self._gradients(batch)
         self.loss, self.terms = self.loss + loss, self.terms + terms
         for name, gradient in gradients.items():
             layer = self.layers[name]
             layer.sketches.add(gradient)
             layer.now = gradient if layer.now is None else layer.now.add_(gradient)
-        with _state(self.model, None), watched(self.model, self.names) as of_base:
+        with switches.evaluation(self.model), watched(self.model, self.names) as of_base:
             self.base_loss += self._base(batch)
         signs = of_base if self.teacher.kind == "base" else self._teacher_signs(batch)
         self.agreement.add(student, signs, batch, self.model)
@@ -191,22 +191,15 @@ class _Sums:
         return *seen[0], {name: g for name, g in gradients.items() if g is not None}
 
 
-@contextlib.contextmanager
-def _state(model: nn.Module, adapter: str | None) -> Iterator[None]:
-    """Run with one adapter, or none, in evaluation mode, without gradients of parameters."""
-    with switches.adapter(model, adapter), switches.mode(model, training=False), switches.gradients_of(model, ()):
-        yield
-
-
 def _has_moved(site: LoraSite) -> bool:
-    """Say whether a layer may compute something else than the base's."""
+    """Say whether a layer's function may differ from the base's."""
     if is_attached(site.lora_A) and is_attached(site.lora_B):
         return not all(torch.equal(m.trained, m.offset.to(m.trained)) for m in (site.lora_A, site.lora_B))
     return all(bool(factor.any()) for factor in site.factors())
 
 
 def _layers(model: nn.Module, sums: _Sums, weights: Tensor) -> tuple[list[LayerDiagnosis], dict[str, Any]]:
-    """Return the rows, and what concerns all layers together."""
+    """Return the layers' rows, and the figures of all layers together."""
     rows: list[LayerDiagnosis] = []
     sizes = {"sgd": [0.0, 0.0], "adam": [0.0, 0.0]}
     power, residual, best, isotropic = 0.0, 0.0, 0.0, 0.0

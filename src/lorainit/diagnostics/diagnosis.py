@@ -5,55 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-Interval = tuple[float, float]
+from . import page
+from .layer import COLUMNS, Interval, LayerDiagnosis, cells
 
-
-@dataclasses.dataclass(frozen=True)
-class LayerDiagnosis:
-    """One layer. G is the gradient of the loss with respect to its effective weight, as it now is.
-
-    Attributes:
-        name: module path in the base model.
-        shape: of the weight as (out, in).
-        rank: r of the adapter.
-        scaling: s.
-        information_loss: ‖(I − P_B)G(I − P_A)‖/‖G‖, what of G no small change of A and B can follow.
-        interval: 95 % bootstrap interval of it over the batches; None for a single batch.
-        best_loss: the least that any A and B of this rank could have.
-        isotropic_loss: what the ranks of A and B alone would give if G had no direction.
-        alignment: cosine between G and what gradient descent does, BBᵀG + GAᵀA.
-        update_size: s²‖BBᵀG + GAᵀA‖/‖G‖: the first step of gradient descent beside that of full fine-tuning.
-        rank_part: ‖G_base − P_T(G_base)‖²/‖G_base‖², lost to the rank (ABM-LoRA's eq. 13); G_base is
-            the gradient at the base's weights.
-        boundary_part: ‖P_T(G_base − G)‖²/‖G_base‖², lost because the function has moved; 0 where it has not.
-        sgd_size: root mean square of the first update by SGD, relative to vanilla LoRA's at the same rate.
-        adam_size: the same by Adam.
-        relative_size: ‖s·BA‖/‖W‖, an offset not subtracted; None where W = 0.
-        condition_A: σ_max/σ_min; None where it is infinite.
-        condition_B: the same of B.
-        gradient_norm: ‖G‖ of the mean loss.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rank: int
-    scaling: float
-    information_loss: float
-    interval: Interval | None
-    best_loss: float
-    isotropic_loss: float
-    alignment: float
-    update_size: float
-    rank_part: float
-    boundary_part: float
-    sgd_size: float
-    adam_size: float
-    relative_size: float | None
-    condition_A: float | None
-    condition_B: float | None
-    gradient_norm: float
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +66,13 @@ class Diagnosis:
 
     def to_html(self, path: str | Path) -> None:
         """Write a self-contained page with figures; needs matplotlib."""
-        from .page import render
+        title = f"A LoRA start: {self.method or self.adapter_name}"
+        notes = [*self.summary(), *(f"warning: {warning}" for warning in self.warnings)]
+        Path(path).write_text(page.render(title, notes, self.layers, self.figures()), encoding="utf-8")
 
-        Path(path).write_text(render(self), encoding="utf-8")
+    def figures(self) -> dict[str, Figure]:
+        """Return the page's figures by name; needs matplotlib."""
+        return page.figures(self.layers, self.sites, self.teacher)
 
     def __str__(self) -> str:
         """Return the sums and a table with one row a layer."""
@@ -139,21 +101,6 @@ class Diagnosis:
         if self.curvature is not None:
             lines.append(f"top curvature in A and B: {self.curvature[0]:.4g} (± {self.curvature[1]:.1g})")
         return lines
-
-
-COLUMNS = ("layer", "shape", "r", "loss", "95 %", "best", "isotropic", "cos", "SGD", "Adam", "|sBA|/|W|", "cond A, B")
-
-
-def cells(layer: LayerDiagnosis) -> tuple[str, ...]:
-    """Return a row of the table."""
-    interval = f"{layer.interval[0]:.3f}-{layer.interval[1]:.3f}" if layer.interval else "-"
-    size = "-" if layer.relative_size is None else f"{layer.relative_size:.4f}"
-    conditions = ", ".join("∞" if c is None else f"{c:.3g}" for c in (layer.condition_A, layer.condition_B))
-    return (
-        *(layer.name, "×".join(map(str, layer.shape)), str(layer.rank), f"{layer.information_loss:.3f}", interval),
-        *(f"{layer.best_loss:.3f}", f"{layer.isotropic_loss:.3f}", f"{layer.alignment:.3f}", f"{layer.sgd_size:.3g}"),
-        *(f"{layer.adam_size:.3g}", size, conditions),
-    )
 
 
 def _plain(value: Any) -> Any:

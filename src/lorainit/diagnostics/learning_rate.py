@@ -15,7 +15,8 @@ from torch import nn
 from ..adapter.offset import is_attached
 from ..adapter.scaling import user_scaling
 from ..adapter.sites import LoraSite, find_sites
-from ..adapter.write import Undo, write_start
+from ..adapter.undo import Undo
+from ..adapter.write import write_start
 from ..errors import LoraInitError
 from ..methods import kaiming
 from ..methods.method import require_choice

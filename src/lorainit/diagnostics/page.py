@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from string import Template
 from typing import TYPE_CHECKING
 
 from ..errors import LoraInitError
-from .diagnosis import COLUMNS, Diagnosis, cells
+from .layer import COLUMNS, LayerDiagnosis, cells
 from .svg import INK, STYLE, svg
 
 if TYPE_CHECKING:
@@ -20,28 +20,39 @@ _TICKS = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
 _NAMED = 40  # layers up to which each gets its name on the axis
 
 
-def figures(diagnosis: Diagnosis) -> dict[str, Figure]:
+def figures(layers: Sequence[LayerDiagnosis], sites: Mapping[str, float], teacher: str) -> dict[str, Figure]:
     """Return the figures by name; needs matplotlib.
+
+    Args:
+        layers: one row each.
+        sites: share of pre-activations on the teacher's side of 0, by module; empty where none feeds an activation.
+        teacher: its name.
 
     Raises:
         LoraInitError: matplotlib is not installed.
     """
     try:
         import matplotlib
-        from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise LoraInitError(f"{error}; figures need `pip install lorainit[bench]`") from error
     drawn: dict[str, Figure] = {}
-    parts: dict[str, Callable[[Diagnosis, Axes], None]] = {"information_loss": _losses, "update_size": _sizes}
-    if diagnosis.sites:
-        parts["agreement"] = _agreement
-    for name, draw in parts.items():
-        with matplotlib.rc_context(STYLE):
-            count = len(diagnosis.sites) if name == "agreement" else len(diagnosis.layers)
-            figure = Figure(figsize=(7.2, 1.1 + 0.17 * min(count, 2 * _NAMED)), layout="constrained")
-            draw(diagnosis, figure.subplots())
-            drawn[name] = figure
+    with matplotlib.rc_context(STYLE):
+        drawn["information_loss"], axes = _empty_figure(len(layers))
+        _draw_losses(layers, axes)
+        drawn["update_size"], axes = _empty_figure(len(layers))
+        _draw_sizes(layers, axes)
+        if sites:
+            drawn["agreement"], axes = _empty_figure(len(sites))
+            _draw_agreement(sites, teacher, axes)
     return drawn
+
+
+def _empty_figure(lines: int) -> tuple[Figure, Axes]:
+    """Return a figure that is high enough for so many lines, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 1.1 + 0.17 * min(lines, 2 * _NAMED)), layout="constrained")
+    return figure, figure.subplots()
 
 
 def _by_layer(axes: Axes, names: list[str]) -> list[int]:
@@ -54,8 +65,7 @@ def _by_layer(axes: Axes, names: list[str]) -> list[int]:
     return places
 
 
-def _losses(diagnosis: Diagnosis, axes: Axes) -> None:
-    layers = diagnosis.layers
+def _draw_losses(layers: Sequence[LayerDiagnosis], axes: Axes) -> None:
     places = _by_layer(axes, [layer.name for layer in layers])
     for place, layer in zip(places, layers, strict=True):
         if layer.interval:
@@ -69,10 +79,10 @@ def _losses(diagnosis: Diagnosis, axes: Axes) -> None:
     axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
 
 
-def _sizes(diagnosis: Diagnosis, axes: Axes) -> None:
-    places = _by_layer(axes, [layer.name for layer in diagnosis.layers])
+def _draw_sizes(layers: Sequence[LayerDiagnosis], axes: Axes) -> None:
+    places = _by_layer(axes, [layer.name for layer in layers])
     for label, field, marker, color in (("Adam", "adam_size", "o", _BLUE), ("SGD", "sgd_size", "s", _ORANGE)):
-        axes.plot([getattr(layer, field) for layer in diagnosis.layers], places, marker, color=color, label=label, ms=4)
+        axes.plot([getattr(layer, field) for layer in layers], places, marker, color=color, label=label, ms=4)
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set(xlabel="size of the first update at one learning rate, relative to vanilla LoRA's", xscale="log")
     low, high = axes.get_xlim()
@@ -82,34 +92,35 @@ def _sizes(diagnosis: Diagnosis, axes: Axes) -> None:
     axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
 
 
-def _agreement(diagnosis: Diagnosis, axes: Axes) -> None:
-    places = _by_layer(axes, list(diagnosis.sites))
-    values = list(diagnosis.sites.values())
+def _draw_agreement(sites: Mapping[str, float], teacher: str, axes: Axes) -> None:
+    places = _by_layer(axes, list(sites))
+    values = list(sites.values())
     axes.plot([100 * value for value in values], places, "o", color=_BLUE, markersize=5)
     low = 100 * min(values)
     axes.set_xlim(min(99.0, low - 0.1 * (100 - low)), 100 + 0.02 * max(1.0, 100 - low))
-    axes.set_xlabel(f"pre-activations on the same side of 0 as the {diagnosis.teacher}'s, %")
+    axes.set_xlabel(f"pre-activations on the same side of 0 as the {teacher}'s, %")
 
 
-def render(diagnosis: Diagnosis) -> str:
-    """Return the page."""
-    titles = {
-        "information_loss": "What the adapter can follow",
-        "update_size": "How large its first step is",
-        "agreement": "Which activations it changes",
-    }
-    drawn = "".join(
-        f"<h2>{titles[name]}</h2><figure>{svg(figure)}</figure>" for name, figure in figures(diagnosis).items()
+def render(title: str, notes: Sequence[str], layers: Sequence[LayerDiagnosis], drawn: Mapping[str, Figure]) -> str:
+    """Return the page: the notes as a list, the figures, and a table with one row a layer."""
+    parts = (f"<h2>{_TITLES[name]}</h2><figure>{svg(figure)}</figure>" for name, figure in drawn.items())
+    rows = [[html.escape(cell) for cell in cells(layer)] for layer in layers]
+    return _PAGE.substitute(
+        title=html.escape(title),
+        summary="".join(f"<li>{html.escape(note)}</li>" for note in notes),
+        figures="".join(parts),
+        head="".join(f'<th scope="col">{html.escape(column)}</th>' for column in COLUMNS),
+        body="".join(
+            f'<tr><th scope="row">{first}</th><td>{"</td><td>".join(rest)}</td></tr>' for first, *rest in rows
+        ),
     )
-    head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in COLUMNS)
-    rows = [[html.escape(cell) for cell in cells(layer)] for layer in diagnosis.layers]
-    body = "".join(f'<tr><th scope="row">{first}</th><td>{"</td><td>".join(rest)}</td></tr>' for first, *rest in rows)
-    notes = "".join(f"<li>{html.escape(line)}</li>" for line in diagnosis.summary())
-    notes += "".join(f"<li>warning: {html.escape(warning)}</li>" for warning in diagnosis.warnings)
-    title = f"A LoRA start: {diagnosis.method or diagnosis.adapter_name}"
-    return _PAGE.substitute(title=html.escape(title), summary=notes, figures=drawn, head=head, body=body)
 
 
+_TITLES = {
+    "information_loss": "What the adapter can follow",
+    "update_size": "How large its first step is",
+    "agreement": "Which activations it changes",
+}
 _PAGE = Template("""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">

@@ -15,7 +15,7 @@ from ..errors import LoraInitError
 from ..machine import provenance
 from ..saving import checkpoint
 from ..tasks import get_task
-from ..train.run import load_base, resolve_model
+from ..train.model import load_base, resolve_model
 from .records import Records, fingerprint
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import provenance
-from ..train.run import resolve_model
+from ..train.model import resolve_model
 from .judging import Usage, Verdict
 from .mean import Mean
 

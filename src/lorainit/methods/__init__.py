@@ -1,59 +1,24 @@
-"""One method a file: a frozen dataclass that says the options, and pure functions on tensors that do the work."""
+"""One method a file: a frozen dataclass that says the options, and pure functions on tensors that do the work.
+
+A new one needs no line here: its class is marked with `register`, and importing this package imports every file of it.
+"""
 
 from __future__ import annotations
 
-from ..adapter.factors import Factors
-from . import (
-    abm,
-    ag_lora,
-    auto,
-    cntlora,
-    corda,
-    eva,
-    gaussian,
-    hrp,
-    init_ab,
-    kaiming,
-    loftq,
-    lora_da,
-    lora_ga,
-    lora_one,
-    loram,
-    milora,
-    olora,
-    orthogonal,
-    pissa,
-    random,
-)
-from .method import Method, MethodInfo
-from .registry import available, get_method, import_modules, register
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Factors",
-    "Method",
-    "MethodInfo",
-    "abm",
-    "ag_lora",
-    "auto",
-    "available",
-    "cntlora",
-    "corda",
-    "eva",
-    "gaussian",
-    "get_method",
-    "hrp",
-    "import_modules",
-    "init_ab",
-    "kaiming",
-    "loftq",
-    "lora_da",
-    "lora_ga",
-    "lora_one",
-    "loram",
-    "milora",
-    "olora",
-    "orthogonal",
-    "pissa",
-    "random",
-    "register",
-]
+from ..adapter.factors import Factors
+from ..catalog import MethodInfo
+from .method import Method
+from .registry import available, discover, get_method, import_modules, register
+
+__all__ = ["Factors", "Method", "MethodInfo", "available", "get_method", "import_modules", "register"]
+
+discover(__name__, __path__)
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> ModuleType:
+        """Tell type checkers that the files are there as attributes, such as ``lorainit.methods.pissa``."""
+        ...

@@ -24,7 +24,7 @@ from torch import nn
 from ..adapter import offset, switches
 from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
-from ..boundaries.descent import descend, drift, trained
+from ..boundaries.descent import descend, drift, trained_factors
 from ..boundaries.local import solve_locally
 from ..boundaries.loss import agreement, boundary_loss, certificate, layer_weights, site_loss, target
 from ..boundaries.options import Options
@@ -33,8 +33,10 @@ from ..errors import LoraInitError, UnsupportedLayerError
 from ..statistics import LayerStatistics, Request
 from ..statistics.batches import iterate, summed_loss
 from .method import Fit, Method, MethodInfo, Product, TrainedMethod, start_layer
+from .registry import get_method, register
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class ABMLoRA(Options, TrainedMethod):
     """A short training that matches a teacher's activation boundaries; the options are those of `Options`.
@@ -64,8 +66,6 @@ class ABMLoRA(Options, TrainedMethod):
     @property
     def origin_method(self) -> Method | None:
         """The method from whose start the training sets out; None for the adapter as it is."""
-        from .registry import get_method
-
         if self.origin == "keep":
             return None
         if isinstance(self.origin, Mapping):
@@ -116,39 +116,39 @@ class ABMLoRA(Options, TrainedMethod):
     ) -> Fit:
         """Match the boundaries and return the factors and what happened; the model is left at the origin."""
         device = next(model.parameters()).device
-        parameters = trained(list(sites))
+        parameters = trained_factors(list(sites))
         with contextlib.ExitStack() as held:
             held.enter_context(switches.own_randomness(seed, device))
             held.enter_context(_default_dtype())
             held.enter_context(torch.enable_grad())  # the caller may have switched gradients off
             stage = held.enter_context(Stage(model, sites, data, self, seed))
-            held.enter_context(switches.values_of(parameters))
             held.enter_context(switches.gradients_of(model, parameters))
+            held.enter_context(switches.values_of(parameters))
             before = _compared(stage)
             begin = time.perf_counter()
-            course = (descend if self.solver == "gradient" else solve_locally)(stage, progress=progress)
+            outcome = (descend if self.solver == "gradient" else solve_locally)(stage, progress=progress)
             seconds = time.perf_counter() - begin
             after = _compared(stage)
             drifts = {site.name: drift(site) for site in sites}
             starts = {site.name: Factors(*(f.clone() for f in site.factors())) for site in sites}
-            for name in course.frozen:  # nothing has moved them: the origin stays as it was written, bit for bit
+            for name in outcome.frozen:  # nothing has moved them: the origin stays as it was written, bit for bit
                 del starts[name]
             details = {
                 "teacher": stage.teacher.kind,
                 "matching": stage.matching.details,
                 "margins": dict(zip([s.name for s in stage.matching.sites], stage.margins, strict=True)),
-                "steps": len(course.curve) if self.solver == "gradient" else None,
-                "stopped": course.stopped,
-                "loss_curve": course.curve,
-                "frozen_layers": course.frozen,
+                "steps": len(outcome.curve) if self.solver == "gradient" else None,
+                "stopped": outcome.stopped,
+                "loss_curve": outcome.curve,
+                "frozen_layers": outcome.frozen,
                 "before": before,
                 "after": after,
                 "drift": drifts,
                 "rows": {"training_batches": len(stage.train_batches), "held_out_batches": len(stage.held_out_batches)},
                 "teacher_passes": stage.teacher_passes,
-                "stored_bytes": {"memory": stage.store.bytes_in_memory, "disk": stage.store.bytes_on_disk},
+                "stored_bytes": {"memory": stage.cache.bytes_in_memory, "disk": stage.cache.bytes_on_disk},
                 "seconds": seconds,
-                **course.details,
+                **outcome.details,
             }
             return Fit(starts, details, (*stage.matching.warnings, *stage.teacher.warnings, *self._remarks(details)))
 

@@ -18,7 +18,8 @@ from ..adapter.sites import LoraSite
 from ..numerics.linalg import require_rank, squared_singular_values
 from ..statistics.layer import LayerStatistics
 from .method import Method, MethodInfo, require_rank_at_most_min
-from .parts.activations import decompose, keep_alive, leading, mean_of, projection, rounding
+from .parts.activations import decompose, mean_of, pad_to_rank, projection, rounding, significant
+from .registry import register
 
 
 def column_weights(
@@ -71,8 +72,8 @@ def factors(
     require_rank(weight, rank)
     product = _weighted(weight, input_magnitude_mean, exponent, floor)
     svd = decompose(product, rank, exact=exact, generator=generator)
-    svd = leading(svd, rounding(product) * float(product.norm()))
-    start = keep_alive(projection(weight.to(product.dtype), svd, scaling), rank, generator)
+    svd = significant(svd, rounding(product) * float(product.norm()))
+    start = pad_to_rank(projection(weight.to(product.dtype), svd, scaling), rank, generator)
     return Factors(*(factor.to(weight.dtype) for factor in start))
 
 
@@ -91,6 +92,7 @@ def _weighted(weight: Tensor, magnitudes: Tensor, exponent: float, floor: float)
     return weight * column_weights(magnitudes, exponent=exponent, floor=floor)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class AGLoRA(Method):
     """Reconstruction: the leading triplets of W with its columns weighted by the magnitude of their inputs.

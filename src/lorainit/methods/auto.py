@@ -16,6 +16,7 @@ from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
 from .kaiming import Kaiming
 from .method import Method, MethodInfo
+from .registry import get_method, register
 
 _TABLE = Path(__file__).with_name("evidence.json")
 _ALPHA = 0.05
@@ -74,6 +75,7 @@ class Choice(NamedTuple):
         return {"method": self.method.info.name, "match_lr": self.match_lr, "reasons": list(self.reasons)}
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Auto(Method):
     """A choice, not a start of its own: the method whose gain over tuned vanilla is largest among those beyond chance.
@@ -119,8 +121,6 @@ class Auto(Method):
     @property
     def wants_data(self) -> bool:
         """Whether batches can change the choice, or may be needed by what is chosen."""
-        from .registry import get_method
-
         helpful = [entry for entry in self.table() if entry.helps]
         return any(entry.where or get_method(entry.method).info.needs for entry in helpful)
 
@@ -131,8 +131,6 @@ class Auto(Method):
             features: diagnostics of the fresh adapter, as far as they are known.
             with_data: whether there are batches for a method that needs them.
         """
-        from .registry import get_method
-
         table, known = self.table(), len(self._read().get("tasks", []))
         helpful = sorted((entry for entry in table if entry.helps), key=lambda entry: -entry.gain)
         counted = f"{len(table)} entries, {len(helpful)} with a gain over tuned vanilla beyond chance"

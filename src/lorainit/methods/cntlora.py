@@ -12,7 +12,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -23,10 +23,10 @@ from ..numerics.linalg import require_rank, squared_singular_values
 from ..numerics.sketches import column_rounding, nystrom
 from ..statistics import LayerStatistics, Request
 from . import kaiming
-from .method import Comparison, Method, MethodInfo, require_choice, require_rank_at_most_min
-from .parts.activations import decompose, keep_alive, leading, mean_of, rounding
+from .method import Comparison, Method, MethodInfo, Product, require_choice, require_rank_at_most_min
+from .parts.activations import decompose, mean_of, pad_to_rank, rounding, significant
 from .parts.gradient import naming
-from .parts.shift import Constraint, Map, Moment, Shift, ShiftOptions, Spectrum, estimate, low_rank, solve, spectrum
+from .parts.shift import Moment, Moments, Shift, ShiftOptions, Spectrum, solve, sort_options, spectrum
 from .parts.sketching import (
     SketchChoice,
     centred_sketch,
@@ -35,16 +35,14 @@ from .parts.sketching import (
     require_sketch_option,
     warn_if_missed,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .registry import register
 
 Metric = Literal["data", "frobenius"]
 Energy = Callable[[Tensor], float]
 
 
 def delta(
-    weight: Float[Tensor, "out in"], input_second_moment: Float[Tensor, "in in"], **options: Unpack[ShiftOptions]
+    weight: Float[Tensor, "out in"], input_second_moment: Float[Tensor, "in in"], **options: Any
 ) -> Float[Tensor, "out in"]:
     """Return the estimate ΔW of a constraint. All of them are reconstructions.
 
@@ -62,8 +60,8 @@ def delta(
     Args:
         weight: W0, out×in.
         input_second_moment: C, in×in: mean of x xᵀ over fine-tuning inputs.
-        **options: the constraint (default ``"F1"``), damping, proxies, ...: see
-            `lorainit.methods.parts.shift.ShiftOptions`.
+        **options: the constraint (default ``"F1"``), damping, proxies, ...: the fields of
+            `lorainit.methods.parts.shift.ShiftOptions` and of `lorainit.methods.parts.shift.Moments`.
             The damping is raised, with a warning, where the constraint needs the inverse of a singular moment.
 
     Returns:
@@ -74,7 +72,7 @@ def delta(
         ValueError: an unknown constraint, moment or map, inputs that are zero or do not vary, a NaN, a mean or a proxy
             that is missing.
     """
-    shift = estimate(weight, input_second_moment, **options)
+    shift = _estimate(weight, _widened(input_second_moment, weight), *sort_options(options))
     return (shift.plain @ shift.vectors.mT).to(weight.dtype)
 
 
@@ -88,7 +86,7 @@ def factors(
     drift: float | None = None,
     exact: bool = False,
     generator: torch.Generator | None = None,
-    **options: Unpack[ShiftOptions],
+    **options: Any,
 ) -> Factors:
     """Return the best rank-r factors of ΔW, in the metric of the inputs or in the Frobenius norm.
 
@@ -115,52 +113,16 @@ def factors(
     Raises:
         TypeError, ValueError: as `delta`, or a rank or drift out of range.
     """
-    moment = input_second_moment.to(torch.promote_types(weight.dtype, input_second_moment.dtype))
-    known = spectrum(moment, **options)
-    solver = {"metric": metric, "drift": drift, "exact": exact, "generator": generator}
-    return from_spectrum(weight, known, lambda M: _energy(M, moment), rank, scaling, **solver, **options)
-
-
-def from_spectrum(
-    weight: Float[Tensor, "out in"],
-    known: Spectrum,
-    energy: Energy,
-    rank: int,
-    scaling: float,
-    *,
-    metric: Metric = "data",
-    drift: float | None = None,
-    exact: bool = False,
-    generator: torch.Generator | None = None,
-    **options: Unpack[ShiftOptions],
-) -> Factors:
-    """Return `factors` from the eigenpairs of the moment: all, or the leading ones where `shift.low_rank` says so.
-
-    Args:
-        weight: W0, out×in.
-        known: the eigenpairs of C, or of its centred form where the options say so.
-        energy: tr(M C Mᵀ) of a matrix M.
-        rank: r.
-        scaling: s.
-        metric: as for `factors`, and so are the others.
-        drift: τ.
-        exact: full SVD.
-        generator: of the randomized SVD and of padding.
-        **options: as for `delta`.
-    """
     require_rank(weight, rank)
-    if drift is not None and not drift > 0:
-        raise ValueError(f"drift must be > 0 or None, got {drift}")
-    shift, matrix = _matrix(weight, known, metric, options)
-    size = shift.weighted_norm if metric == "data" else float(weight.norm())
-    svd = decompose(matrix, min(rank, *matrix.shape), exact=exact, generator=generator)
-    svd = leading(svd, rounding(matrix) * size)
-    root = (svd.S / scaling).sqrt()
-    right = svd.Vh * shift.inverse_roots if metric == "data" else svd.Vh
-    start = Factors((root[:, None] * right) @ shift.vectors.mT, svd.U * root)
+    _require_cut(metric, drift)
+    chosen, moments = sort_options(options)
+    moment = _widened(input_second_moment, weight)
+    shift = _estimate(weight, moment, chosen, moments)
+    _warn_of_wasted_rank(metric, chosen)
+    start = _cut(shift, weight, rank, scaling, metric=metric, exact=exact, generator=generator)
     if drift is not None:
-        start = _guarded(start, weight.to(matrix.dtype), energy, scaling, drift)
-    return Factors(*(factor.to(weight.dtype) for factor in keep_alive(start, rank, generator)))
+        start = _bounded(start, weight, lambda matrix: _energy(matrix, moment), scaling, drift)
+    return _finished(start, weight, rank, generator)
 
 
 def energies(
@@ -168,24 +130,68 @@ def energies(
     input_second_moment: Float[Tensor, "in in"],
     *,
     metric: Metric = "data",
-    **options: Unpack[ShiftOptions],
+    **options: Any,
 ) -> Float[Tensor, " k"]:
     """Return the squared singular values of the matrix that `factors` truncates, descending."""
-    known = spectrum(input_second_moment.to(torch.promote_types(weight.dtype, input_second_moment.dtype)), **options)
-    return squared_singular_values(_matrix(weight, known, metric, options)[1])
+    _require_cut(metric, None)
+    chosen, moments = sort_options(options)
+    shift = _estimate(weight, _widened(input_second_moment, weight), chosen, moments)
+    _warn_of_wasted_rank(metric, chosen)
+    return squared_singular_values(_matrix(shift, metric))
 
 
-def _matrix(weight: Tensor, known: Spectrum, metric: Metric, options: ShiftOptions) -> tuple[Shift, Tensor]:
+def _widened(moment: Tensor, weight: Tensor) -> Tensor:
+    return moment.to(torch.promote_types(weight.dtype, moment.dtype))
+
+
+def _estimate(weight: Tensor, moment: Tensor, options: ShiftOptions, moments: Moments) -> Shift:
+    """Return the estimate from a layer's second moment."""
+    return solve(weight, spectrum(moment, options, moments), options, moments)
+
+
+def _require_cut(metric: Metric, drift: float | None) -> None:
+    """Raise ValueError unless the options of the truncation are valid."""
     require_choice("metric", metric, Metric)
-    shift = solve(weight, known, **options)
-    if metric == "data":
-        return shift, shift.half
-    if options.get("constraint", "F1") == "F1" and options.get("top_k") is None:
+    if drift is not None and not drift > 0:
+        raise ValueError(f"drift must be > 0 or None, got {drift}")
+
+
+def _warn_of_wasted_rank(metric: Metric, options: ShiftOptions) -> None:
+    if metric == "frobenius" and options.constraint == "F1" and options.top_k is None:
         warnings.warn(
             "constraint 'F1' with metric='frobenius' and no top_k spends the rank on directions that the data lack",
             stacklevel=3,
         )
-    return shift, shift.plain
+
+
+def _matrix(shift: Shift, metric: Metric) -> Float[Tensor, "out k"]:
+    """Return the matrix that is cut to the rank: ΔW C̃^{1/2} or ΔW, in the eigenbasis of C."""
+    return shift.half if metric == "data" else shift.plain
+
+
+def _cut(
+    shift: Shift,
+    weight: Tensor,
+    rank: int,
+    scaling: float,
+    *,
+    metric: Metric,
+    exact: bool,
+    generator: torch.Generator | None,
+) -> Factors:
+    """Return the best factors of ΔW in a metric, at most ``rank`` components: those above rounding."""
+    matrix = _matrix(shift, metric)
+    size = shift.weighted_norm if metric == "data" else float(weight.norm())
+    svd = decompose(matrix, min(rank, *matrix.shape), exact=exact, generator=generator)
+    svd = significant(svd, rounding(matrix) * size)
+    root = (svd.S / scaling).sqrt()
+    right = svd.Vh * shift.inverse_roots if metric == "data" else svd.Vh
+    return Factors((root[:, None] * right) @ shift.vectors.mT, svd.U * root)
+
+
+def _finished(start: Factors, weight: Tensor, rank: int, generator: torch.Generator | None) -> Factors:
+    """Return a start of the full rank in the weight's dtype."""
+    return Factors(*(factor.to(weight.dtype) for factor in pad_to_rank(start, rank, generator)))
 
 
 def _energy(matrix: Tensor, moment: Tensor) -> float:
@@ -193,27 +199,25 @@ def _energy(matrix: Tensor, moment: Tensor) -> float:
     return float(((matrix @ moment) * matrix).sum())
 
 
-def _guarded(start: Factors, weight: Tensor, energy: Energy, scaling: float, drift: float) -> Factors:
+def _bounded(start: Factors, weight: Tensor, energy: Energy, scaling: float, drift: float) -> Factors:
     """Shrink both factors by √g, g = min(1, √(τ·tr(W0 C W0ᵀ)/tr(D C Dᵀ)))."""
-    before = energy(weight)
+    before = energy(weight.to(start.B.dtype))
     after = scaling**2 * energy(torch.linalg.qr(start.B).R @ start.A)  # B = QR: tr(B M Bᵀ) = tr(R M Rᵀ)
     gain = math.sqrt(drift * before / after) if after > drift * before else 1.0
     return Factors(*(math.sqrt(gain) * factor for factor in start))
 
 
+@register
 @dataclasses.dataclass(frozen=True)
-class CNTLoRA(Method):
+class CNTLoRA(ShiftOptions, Method):
     """Reconstruction: a closed-form step that undoes a shift of the layer's inputs, cut to the rank.
 
-    Args:
-        constraint: which activations are to agree, see `lorainit.methods.cntlora.delta`. With ``"F3"`` the function is
-            preserved (``base="auto"`` gives the offset form); with the others the step is kept.
-        moment: ``"second"`` moments, or ``"centred"`` ones (better at its best rate: benchmarks/results/choices.md).
-        damping: δ, relative to the mean eigenvalue.
+    With constraint ``"F3"`` the function is preserved (``base="auto"`` gives the offset form); with the others the step
+    is kept. Centred moments are better at their best rate: benchmarks/results/choices.md.
+
+    Args (beside those of `ShiftOptions`):
         metric: of the truncation, ``"data"`` or ``"frobenius"``.
-        top_k: no step outside the k leading principal directions of the inputs.
         drift: largest output energy of the step relative to that of the layer, None for no bound. Not for ``"F3"``.
-        map: of ``"F1p"``: ``"transport"`` or ``"coral"``.
         paired: of ``"F2"``: every batch of the data has one of ``proxy_data`` to be paired with; else C_pf = 0.
         exact: full SVD (slow) instead of the seeded randomized one.
         sketch: with ``top_k`` and constraint F1, F2 or F3, collect a seeded sketch of the second moment instead of all
@@ -222,13 +226,9 @@ class CNTLoRA(Method):
         columns: of the sketch; default 4·top_k + 30.
     """
 
-    constraint: Constraint = "F1"
     moment: Moment = "centred"
-    damping: float = 1e-2
     metric: Metric = "data"
-    top_k: int | None = None
     drift: float | None = 0.01
-    map: Map = "transport"
     paired: bool = False
     exact: bool = False
     sketch: SketchChoice = "auto"
@@ -248,26 +248,29 @@ class CNTLoRA(Method):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        choices = {"constraint": Constraint, "moment": Moment, "metric": Metric, "map": Map}
-        for name, literal in choices.items():
-            require_choice(name, getattr(self, name), literal)
-        require_sketch_option(self.sketch, self.columns)
-        if self.sketch is True and not self._low_rank:
-            raise ValueError("sketch=True needs top_k, and constraint F1, F2 or F3")
         bounded = (self.top_k is None or self.top_k >= 1) and (self.drift is None or self.drift > 0)
         if not (self.damping >= 0 and bounded):
             raise ValueError(
                 "damping must be ≥ 0, top_k ≥ 1 or None, drift > 0 or None, "
                 f"got {self.damping}, {self.top_k} and {self.drift}"
             )
+        super().__post_init__()
+        require_choice("metric", self.metric, Metric)
+        require_sketch_option(self.sketch, self.columns)
+        if self.sketch is True and not self._low_rank:
+            raise ValueError("sketch=True needs top_k, and constraint F1, F2 or F3")
         if self.paired and self.constraint != "F2":
             raise ValueError(f"paired belongs to constraint 'F2', not to '{self.constraint}'")
-        if self.constraint == "F3":  # W0 itself on the data: it only makes sense beside W0 − s·BA
-            object.__setattr__(self, "info", dataclasses.replace(type(self).info, product="preserve"))
+
+    @property
+    def product(self) -> Product:
+        """F3 is W0 itself on the data, which only makes sense beside W0 − s·BA; the others are steps to be kept."""
+        return "preserve" if self.constraint == "F3" else self.info.product
 
     @property
     def _low_rank(self) -> bool:
-        return not self.paired and low_rank({"constraint": self.constraint, "top_k": self.top_k})
+        """Whether the ``top_k`` leading eigenpairs of the moment are all that the constraint needs."""
+        return self.top_k is not None and self.constraint in ("F1", "F2", "F3") and not self.paired
 
     @property
     def comparison(self) -> Comparison | None:
@@ -290,55 +293,56 @@ class CNTLoRA(Method):
     ) -> Factors:
         """Return the factors of the site's step; ``proxy`` holds the same sums over pre-training-like data."""
         require_rank_at_most_min(site)
-        known, energy, options = self._arguments(site, statistics, proxy)
+        known, energy, moments = self._known(site, statistics, proxy)
         if self.moment == "centred" and not known.varies:
             warnings.warn("its inputs do not vary in the data: no shift to see, a plain LoRA start", stacklevel=2)
             return kaiming.factors(site.out_features, site.in_features, site.rank, generator=generator)
-        drift = None if self.constraint == "F3" else self.drift
-        solver = {"drift": drift, "exact": self.exact, "generator": generator, "metric": self.metric}
+        weight = site.weight()
         with naming(site):
-            return from_spectrum(site.weight(), known, energy, site.rank, site.scaling, **solver, **options)
+            shift = solve(weight, known, self, moments)
+            _warn_of_wasted_rank(self.metric, self)
+            cut = {"metric": self.metric, "exact": self.exact, "generator": generator}
+            start = _cut(shift, weight, site.rank, site.scaling, **cut)
+            if self.drift is not None and self.constraint != "F3":
+                start = _bounded(start, weight, energy, site.scaling, self.drift)
+            return _finished(start, weight, site.rank, generator)
 
     def energies(self, site: LoraSite, statistics: LayerStatistics, proxy: LayerStatistics | None = None) -> Tensor:
         """Return what `lorainit.start.budget.allocate` pools: the squared singular values of the site's step."""
-        known, _, options = self._arguments(site, statistics, proxy)
+        known, _, moments = self._known(site, statistics, proxy)
         if self.moment == "centred" and not known.varies:
             return known.values.new_zeros(min(site.in_features, site.out_features))
         with naming(site):
-            return squared_singular_values(_matrix(site.weight(), known, self.metric, options)[1])
+            _warn_of_wasted_rank(self.metric, self)
+            return squared_singular_values(_matrix(solve(site.weight(), known, self, moments), self.metric))
 
-    def _arguments(
+    def _known(
         self, site: LoraSite, statistics: LayerStatistics, proxy: LayerStatistics | None
-    ) -> tuple[Spectrum, Energy, ShiftOptions]:
-        """Return the eigenpairs of C, computed once for all layers that share their input, tr(M C Mᵀ), the options."""
-        options: ShiftOptions = {"input_mean": mean_of(site, statistics, "input_sum")}
-        for name in ("constraint", "moment", "damping", "top_k", "map"):
-            options[name] = getattr(self, name)
-        if proxy is not None and not self._low_rank:
-            options["proxy_second_moment"] = mean_of(site, proxy, "input_second_moment")
-            options["proxy_mean"] = mean_of(site, proxy, "input_sum")
-            if proxy.cross_second_moment is not None:
-                options["cross_second_moment"] = (proxy.cross_second_moment / proxy.tokens).to(site.device)
-        dtype = torch.promote_types(site.weight().dtype, options["input_mean"].dtype)  # pyright: ignore[reportOptionalMemberAccess, reportTypedDictNotRequiredAccess]
-        find = self._from_sketch if statistics.input_sketch is not None else self._from_moment
-        key = ("cntlora", dtype, self.moment, self.top_k if statistics.input_sketch is not None else None)
+    ) -> tuple[Spectrum, Energy, Moments]:
+        """Return the eigenpairs of C and tr(M C Mᵀ), computed once for layers that share their input; other moments."""
+        mean = mean_of(site, statistics, "input_sum")
+        moments = Moments(mean) if proxy is None or self._low_rank else _proxy_moments(site, mean, proxy)
+        dtype = torch.promote_types(site.weight().dtype, mean.dtype)
+        find = self._from_moment if statistics.input_sketch is None else self._from_sketch
+        key = ("cntlora", dtype, self.moment, None if statistics.input_sketch is None else self.top_k)
         with naming(site):
-            known, energy = statistics.shared.once(key, lambda: find(site, statistics, dtype, options))
-        return known, energy, options
+            known, energy = statistics.shared.once(key, lambda: find(site, statistics, dtype, moments))
+        return known, energy, moments
 
     def _from_moment(
-        self, site: LoraSite, statistics: LayerStatistics, dtype: torch.dtype, options: ShiftOptions
+        self, site: LoraSite, statistics: LayerStatistics, dtype: torch.dtype, moments: Moments
     ) -> tuple[Spectrum, Energy]:
         moment = mean_of(site, statistics, "input_second_moment").to(dtype)
-        return spectrum(moment, **options), lambda matrix: _energy(matrix, moment)
+        return spectrum(moment, self, moments), lambda matrix: _energy(matrix, moment)
 
     def _from_sketch(
-        self, site: LoraSite, statistics: LayerStatistics, dtype: torch.dtype, options: ShiftOptions
+        self, site: LoraSite, statistics: LayerStatistics, dtype: torch.dtype, moments: Moments
     ) -> tuple[Spectrum, Energy]:
-        """Approximate C by what its sketch tells, here and in the energies: no more than they are."""
+        """Approximate C from its sketch, for the eigenpairs and for the energies."""
         assert self.top_k is not None
+        assert moments.input_mean is not None
         sketch, test = input_sketch(site, statistics)
-        mean = mean_of(site, statistics, "input_sum")
+        mean = moments.input_mean
         power = float(mean_of(site, statistics, "input_energy"))
         noise = column_rounding(sketch)
         plain = nystrom(sketch.double(), test, noise=noise)
@@ -351,3 +355,14 @@ class CNTLoRA(Method):
         root = (plain.vectors * plain.values.sqrt()).to(dtype)
         known = Spectrum(values, vectors, total / n, power / n, rounding(sketch))
         return known, lambda matrix: float((matrix @ root).square().sum())
+
+
+def _proxy_moments(site: LoraSite, mean: Tensor, proxy: LayerStatistics) -> Moments:
+    """Return the mean of a layer's inputs with the moments of its proxy inputs."""
+    cross = proxy.cross_second_moment
+    return Moments(
+        mean,
+        mean_of(site, proxy, "input_second_moment"),
+        mean_of(site, proxy, "input_sum"),
+        None if cross is None else (cross / proxy.tokens).to(site.device),
+    )

@@ -21,7 +21,8 @@ from ..numerics.linalg import (
 )
 from ..statistics.layer import LayerStatistics
 from .method import Method, MethodInfo, require_choice, require_rank_at_most_min
-from .parts.activations import decompose, keep_alive, leading, mean_of, projection, rounding
+from .parts.activations import decompose, mean_of, pad_to_rank, projection, rounding, significant
+from .registry import register
 
 _PASSES = 8  # of a randomized SVD over its matrix
 
@@ -89,8 +90,8 @@ def factors(
     else:
         product = context(weight, input_second_moment, damping=damping)
         svd, size = decompose(product, rank, exact=exact, generator=generator), float(product.norm())
-    svd = leading(svd, rounding(svd.S) * size)
-    start = keep_alive(projection(weight.to(svd.S), svd, scaling), rank, generator)
+    svd = significant(svd, rounding(svd.S) * size)
+    start = pad_to_rank(projection(weight.to(svd.S), svd, scaling), rank, generator)
     return Factors(*(factor.to(weight) for factor in start))
 
 
@@ -114,6 +115,7 @@ def energies(
     return squared_singular_values(context(weight, input_second_moment, damping=damping))
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class CorDA(Method):
     """Principal (or minor) part of W in the metric of its inputs; the rest of W is what stays frozen.

@@ -24,6 +24,7 @@ from .parts.sketching import (
     require_sketch_option,
     warn_if_missed,
 )
+from .registry import register
 
 
 def factors(
@@ -135,6 +136,7 @@ def energies(input_second_moment: Float[Tensor, "in in"], input_mean: Float[Tens
     return torch.linalg.eigvalsh(centred(input_second_moment, input_mean, input_mean)).flip(0).clamp_min(0)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class EVA(Method):
     """The principal directions of the layer's inputs in A; B = 0, so the base stays as it is.

@@ -10,6 +10,7 @@ import torch
 from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
 from .method import Method, MethodInfo
+from .registry import register
 
 
 def factors(out_features: int, in_features: int, rank: int, *, generator: torch.Generator) -> Factors:
@@ -21,6 +22,7 @@ def factors(out_features: int, in_features: int, rank: int, *, generator: torch.
     return Factors(A, torch.zeros(out_features, rank, device=generator.device))
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Gaussian(Method):
     """Gaussian A with deviation 1/r, zero B."""

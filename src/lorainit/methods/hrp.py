@@ -25,16 +25,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .._typing import Float, Tensor
-from ..adapter import offset
+from ..adapter import offset, switches
 from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
 from ..errors import LoraInitError, NonFiniteError
 from ..numerics.linalg import SVD, canonical_signs, require_rank
 from ..numerics.seeds import layer_generator
 from ..statistics.batches import iterate, summed_loss
-from ..statistics.collect import base_only
 from . import kaiming
 from .method import Fit, MethodInfo, TrainedMethod, require_rank_at_most_min
+from .registry import register
 
 
 def factors(A: Float[Tensor, "h in"], B: Float[Tensor, "out h"], rank: int) -> Factors:
@@ -62,6 +62,7 @@ def factors(A: Float[Tensor, "h in"], B: Float[Tensor, "out h"], rank: int) -> F
     return Factors(svd.Vh / math.sqrt(3), svd.Vh.new_zeros(B.shape[0], rank))
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class HRP(TrainedMethod):
     """Reconstruction: the row space that a short training at a higher rank ends with; B = 0.
@@ -98,7 +99,7 @@ class HRP(TrainedMethod):
     ) -> Fit:
         """Preheat all sites together and return what `factors` makes of them."""
         pairs = {site.name: _preheated_pair(site, self._rank(site), seed) for site in sites}
-        with base_only(model), _added(sites, pairs):
+        with switches.evaluation(model), _added(sites, pairs):
             losses = self._preheat(model, pairs, data, progress)
         starts: dict[str, Factors] = {}
         unmoved: list[str] = []

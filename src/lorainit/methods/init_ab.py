@@ -11,6 +11,7 @@ import torch
 from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
 from .method import Method, MethodInfo
+from .registry import register
 
 
 def factors(
@@ -28,6 +29,7 @@ def factors(
     return Factors(uniform(rank, in_features, c_a), uniform(out_features, rank, c_b))
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class InitAB(Method):
     """Random non-zero A and B; as in the paper the base stays and the function moves by s·BA (``base="offset"``: not).

@@ -11,6 +11,7 @@ import torch
 from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
 from .method import Method, MethodInfo
+from .registry import register
 
 
 def factors(out_features: int, in_features: int, rank: int, *, generator: torch.Generator) -> Factors:
@@ -24,6 +25,7 @@ def factors(out_features: int, in_features: int, rank: int, *, generator: torch.
     return Factors(A, torch.zeros(out_features, rank, device=generator.device))
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Kaiming(Method):
     """Random A, zero B: the model starts as its base and the first step moves only B."""

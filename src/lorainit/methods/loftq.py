@@ -27,6 +27,7 @@ from ..errors import LoraInitError, UnsupportedLayerError
 from ..numerics.linalg import exact_svd, frobenius_norm, randomized_svd, require_sketch
 from .method import Method, MethodInfo, require_rank_at_most_min
 from .pissa import split_evenly
+from .registry import register
 
 _LARGEST_ERROR = 0.5  # of |W|: 2 bits are below it, another matrix is at 1.4
 
@@ -83,6 +84,7 @@ def alternate(
     return start, quantized  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class LoftQ(Method):
     """The leading part of the quantization error: the start moves a quantized model towards the original one.

@@ -24,17 +24,18 @@ import torch
 from .._typing import Float, Tensor
 from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
-from ..numerics.iterative import damped_cholesky, spectral_norm
-from ..numerics.linalg import SVD, canonical_signs, randomized_svd, require_rank
+from ..numerics.iterative import Cholesky, damped_cholesky, spectral_norm
+from ..numerics.linalg import SVD, canonical_signs, randomized_svd
 from ..statistics.batches import MaskKind
 from ..statistics.collect import Request
 from ..statistics.layer import LayerStatistics
 from .method import Method, MethodInfo, require_choice, require_rank_at_most_min
-from .parts.gradient import collected, naming, require_signal
-from .parts.guidance import Factorize, Guidance, curvature, held_out_damping
-from .parts.lora_da import Mode, Options, Solution
+from .parts.gradient import collected, naming
+from .parts.guidance import Curvature, Guidance, curvature, held_out_damping
+from .parts.lora_da import Calibration, Mode, Options, Solution, Solver
+from .registry import register
 
-_DOUBLE_UP_TO = 2048  # inputs; wider ones are solved in float32 where that is safe
+_DEFAULT_SOLVER = Solver()
 
 
 def factors(
@@ -47,73 +48,51 @@ def factors(
     mode: Mode = "consistent",
     **options: Any,
 ) -> Factors:
-    """Return LoRA-DA's start: the factors of `solve`, which has the arguments; further ones are those of `Options`."""
-    names = {field.name for field in dataclasses.fields(Options)} & options.keys()
-    chosen = Options(mode=mode, **{name: options.pop(name) for name in names})
-    statistics = (gradient, input_second_moment, output_gradient_second_moment)
-    return solve(*statistics, rank, chosen, num_samples=num_samples, **options).factors
-
-
-def solve(
-    gradient: Float[Tensor, "out in"],
-    input_second_moment: Float[Tensor, "in in"],
-    output_gradient_second_moment: Float[Tensor, " out"],
-    rank: int,
-    options: Options,
-    *,
-    num_samples: int,
-    tokens_per_sample: float = 1.0,
-    calibration_samples: int | None = None,
-    halves: tuple[Tensor, Tensor] | None = None,
-    sequence_gradients: Float[Tensor, "n out"] | None = None,
-    generator: torch.Generator | None = None,
-    factorize: Factorize = damped_cholesky,
-    dense_up_to: int = 512,
-    double_up_to: int = _DOUBLE_UP_TO,
-) -> Solution:
-    """Return LoRA-DA's start of one layer from its statistics.
+    """Return LoRA-DA's start of one layer.
 
     Args:
-        gradient: G, the mean over sequences of the weight gradient, out×in.
-        input_second_moment: Z, the mean over tokens of z zᵀ.
-        output_gradient_second_moment: y, the mean over tokens of g⊙g. Both gradients are of the loss summed over a
-            sequence's tokens (consistent), or averaged over them (official).
+        gradient: G, see `lorainit.methods.parts.lora_da.Calibration`.
+        input_second_moment: Z.
+        output_gradient_second_moment: y.
         rank: r, at most min(out, in).
-        options: see `Options`.
-        num_samples: N, the number of sequences to be fine-tuned on.
-        tokens_per_sample: T; official does not use it.
-        calibration_samples: n, the number of sequences behind G; for ``debias`` and ``noise_to_signal``.
-        halves: G over two disjoint halves of the sequences; for ``cross_fit`` and ``damping="auto"``.
-        sequence_gradients: the authors' switch for a full output factor, see `curvature`.
-        generator: source of the search's start (default: a fresh one with seed 0); the result depends on it no further
-            than the solver's tolerance.
-        factorize: what factorizes Z, given it in the dtype of the solution and λ_z.
-        dense_up_to: with that many inputs or fewer the eigenvectors come from a dense Ω, else from products alone.
-        double_up_to: wider inputs are solved in the dtype of Z, at least float32, if λ_z is at least mean(diag Z)/1000;
-            else in float64.
+        num_samples: N.
+        mode: ``"consistent"`` or ``"official"``.
+        **options: further fields of `Options`, of `Calibration` and of `Solver`.
+
+    Raises:
+        TypeError: an unknown option.
+        NonFiniteError: NaN or infinity in a statistic.
+        ValueError: a statistic is zero or missing, or an argument is out of range.
+    """
+    given = {"num_samples": num_samples, "mode": mode, **options}
+    chosen, known, solver = (_take(kind, given) for kind in (Options, Calibration, Solver))
+    if given:
+        raise TypeError(f"unknown options {sorted(given)}")
+    layer = Calibration(gradient, input_second_moment, output_gradient_second_moment, **known)
+    return solve(layer, rank, Options(**chosen), Solver(**solver)).factors
+
+
+def _take(kind: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Take the fields of a dataclass out of some keyword arguments."""
+    return {field.name: given.pop(field.name) for field in dataclasses.fields(kind) if field.name in given}
+
+
+def solve(layer: Calibration, rank: int, options: Options, solver: Solver = _DEFAULT_SOLVER) -> Solution:
+    """Return LoRA-DA's start of one layer, and the figures that explain it.
+
+    Args:
+        layer: the statistics.
+        rank: r, at most min(out, in).
+        options: of the mathematics.
+        solver: how the eigenproblem is solved.
 
     Raises:
         NonFiniteError: NaN or infinity in a statistic.
         ValueError: a statistic is zero or missing, or the rank is out of range.
     """
-    posed = pose(
-        gradient,
-        input_second_moment,
-        output_gradient_second_moment,
-        rank,
-        options,
-        num_samples=num_samples,
-        tokens_per_sample=tokens_per_sample,
-        calibration_samples=calibration_samples,
-        halves=halves,
-        sequence_gradients=sequence_gradients,
-        generator=generator,
-        factorize=factorize,
-        double_up_to=double_up_to,
-    )
+    posed = pose(layer, rank, options, solver)
     curved, delta, options = posed.guidance.curvature, posed.delta, posed.options
-    found = posed.guidance.smallest(rank, posed.left, dense_up_to=dense_up_to)
-
+    found = posed.guidance.smallest(rank, posed.left, dense_up_to=solver.dense_up_to)
     frame = canonical_signs(SVD(found.vectors, found.values, found.vectors.mT)).U
     B = delta.mT @ frame
     solved = curved.cholesky.solve(frame)
@@ -121,7 +100,7 @@ def solve(
     ratio = posed.variance_scale * float((frame * solved).sum()) / kept
     sampled = None if posed.noise is None else posed.noise * float((solved * (curved.moment @ solved)).sum()) / kept
     return Solution(
-        factors=_scaled(frame.mT, B, options, torch.promote_types(gradient.dtype, torch.float32)),
+        factors=_scaled(frame.mT, B, options, torch.promote_types(layer.gradient.dtype, torch.float32)),
         eigenvalues=found.values,
         sigma=posed.sigma,
         damping=curved.cholesky.damping,
@@ -129,12 +108,12 @@ def solve(
         retries=curved.cholesky.retries,
         residual=found.residual,
         variance_to_bias=ratio,
-        break_even=num_samples * ratio,
+        break_even=layer.num_samples * ratio,
         noise_to_signal=sampled,
     )
 
 
-class Posed(NamedTuple):
+class Eigenproblem(NamedTuple):
     """The eigenproblem of one layer.
 
     Attributes:
@@ -156,74 +135,75 @@ class Posed(NamedTuple):
     options: Options
 
 
-def pose(
-    gradient: Float[Tensor, "out in"],
-    input_second_moment: Float[Tensor, "in in"],
-    output_gradient_second_moment: Float[Tensor, " out"],
-    rank: int,
-    options: Options,
-    *,
-    num_samples: int,
-    tokens_per_sample: float = 1.0,
-    calibration_samples: int | None = None,
-    halves: tuple[Tensor, Tensor] | None = None,
-    sequence_gradients: Float[Tensor, "n out"] | None = None,
-    generator: torch.Generator | None = None,
-    factorize: Factorize = damped_cholesky,
-    double_up_to: int = _DOUBLE_UP_TO,
-) -> Posed:
+def pose(layer: Calibration, rank: int, options: Options, solver: Solver = _DEFAULT_SOLVER) -> Eigenproblem:
     """Return the eigenproblem of a layer; arguments and errors are those of `solve`."""
-    require_rank(gradient, rank)
-    if not (num_samples >= 1 and tokens_per_sample > 0):
-        raise ValueError(f"num_samples and tokens_per_sample must be positive, got {num_samples}, {tokens_per_sample}")
-    if (options.halved and halves is None) or (options.debias and not calibration_samples):
-        raise ValueError("cross_fit and damping='auto' need halves, debias needs calibration_samples")
-    require_signal("weight gradient", gradient)
-    require_signal("second moment of the inputs", input_second_moment)
-    require_signal("second moment of the output gradients", output_gradient_second_moment)
-    Z, y = input_second_moment, output_gradient_second_moment
-    T = tokens_per_sample if options.mode == "consistent" else 1.0
-    if halves is not None and options.damping == "auto":
-        options = _with_damping(options, halves, Z, y, rank, num_samples=num_samples, tokens_per_sample=T)
-    dampings = options.dampings(Z, y)
-    safe = dampings[0] >= 1e-3 * float(Z.diagonal().mean())
-    narrow = gradient.device.type == "mps" or (safe and len(Z) > double_up_to)
-    dtype = torch.promote_types(Z.dtype, torch.float32) if narrow else torch.float64
-    G, Z, y = gradient.to(dtype), Z.to(dtype), y.to(dtype)
-    curved = curvature(Z, y, *dampings, tokens_per_sample=T, sequence_gradients=sequence_gradients, factorize=factorize)
-    delta = curved.displacement(G)
-    generator = generator or torch.Generator().manual_seed(0)
+    layer.require(rank, options)
+    if options.mode == "official":
+        layer = dataclasses.replace(layer, tokens_per_sample=1.0)
+    if options.damping == "auto":
+        options = _with_damping(layer, rank, options)
+    curved, layer = _curvature(layer, options, solver)
+    delta = curved.displacement(layer.gradient)
+    generator = solver.generator or torch.Generator().manual_seed(0)
     left = randomized_svd(delta, min(2 * rank, *delta.shape), generator=generator).U
     sigma = spectral_norm(delta, left)
     unit = sigma**options.normalization * options.reference ** (1 - options.normalization)
     delta /= unit
-    c = float(curved.output_inverse.sum()) / num_samples / unit**2
-    noise = curved.noise(calibration_samples) / unit**2 if calibration_samples else None
-    scale = options.bias_weight * float((delta.mT @ delta).norm()) / curved.inverse_norm() if options.match_norms else c
-    pair = (delta, delta)
-    if halves is not None and options.cross_fit:
-        pair = (curved.displacement(halves[0].to(G)) / unit, curved.displacement(halves[1].to(G)) / unit)
+    n = layer.calibration_samples
+    c = float(curved.output_inverse.sum()) / layer.num_samples / unit**2
+    noise = curved.noise(n) / unit**2 if n else None
     guidance = Guidance(
         curvature=curved,
-        displacements=pair,
-        variance=options.beta * scale,
+        displacements=_displacements(layer, options, curved, delta, unit),
+        variance=options.beta * (_matched_scale(options, curved, delta) if options.match_norms else c),
         noise=noise if noise is not None and options.debias else 0.0,
         bias=options.bias_weight,
     )
-    return Posed(guidance, delta, left, sigma, c, noise, options)
+    return Eigenproblem(guidance, delta, left, sigma, c, noise, options)
 
 
-def _with_damping(
-    options: Options, halves: tuple[Tensor, Tensor], Z: Tensor, y: Tensor, rank: int, **units: float
-) -> Options:
+def _curvature(layer: Calibration, options: Options, solver: Solver) -> tuple[Curvature, Calibration]:
+    """Return the damped curvature, and the statistics in the dtype that it is solved in."""
+    dampings = options.dampings(layer.input_second_moment, layer.output_gradient_second_moment)
+    layer = layer.to(solver.dtype(layer, dampings[0]))
+    curved = curvature(
+        layer.input_second_moment,
+        layer.output_gradient_second_moment,
+        *dampings,
+        tokens_per_sample=layer.tokens_per_sample,
+        sequence_gradients=layer.sequence_gradients,
+        factorize=solver.factorize,
+    )
+    return curved, layer
+
+
+def _displacements(
+    layer: Calibration, options: Options, curved: Curvature, delta: Tensor, unit: float
+) -> tuple[Tensor, Tensor]:
+    """Return the pair whose product is the bias term: Δ̂ twice, or those of the two halves of the data."""
+    if layer.halves is None or not options.cross_fit:
+        return delta, delta
+    first, second = (curved.displacement(half.to(delta)) / unit for half in layer.halves)
+    return first, second
+
+
+def _matched_scale(options: Options, curved: Curvature, delta: Tensor) -> float:
+    """Return the scale of Z_λ⁻¹ at which its Frobenius norm is that of the bias term."""
+    return options.bias_weight * float((delta.mT @ delta).norm()) / curved.inverse_norm()
+
+
+def _with_damping(layer: Calibration, rank: int, options: Options) -> Options:
     """Return the options with the damping of Z that suits held-out data best; that of y stays what it is."""
+    assert layer.halves is not None
     output = 0.1 if options.output_damping is None else options.output_damping
     plain = dataclasses.replace(options, damping=0.0, output_damping=output, cross_fit=False, debias=False)
+    whole = dataclasses.replace(layer, halves=None, calibration_samples=None, sequence_gradients=None)
 
     def subspace(half: Tensor, damping: float) -> Tensor:
-        return solve(half, Z, y, rank, dataclasses.replace(plain, damping=damping), **units).factors.A  # pyright: ignore[reportArgumentType]
+        chosen = dataclasses.replace(plain, damping=damping)
+        return solve(dataclasses.replace(whole, gradient=half), rank, chosen).factors.A
 
-    chosen = held_out_damping(halves, Z, y, subspace)
+    chosen = held_out_damping(layer.halves, layer.input_second_moment, layer.output_gradient_second_moment, subspace)
     return dataclasses.replace(options, damping=chosen, output_damping=output)
 
 
@@ -238,6 +218,7 @@ def _scaled(A: Tensor, B: Tensor, options: Options, dtype: torch.dtype) -> Facto
     return Factors((A / root).to(dtype).contiguous(), (B / root).to(dtype).contiguous())
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class LoRADA(Options, Method):
     """Eigenvectors that trade the displacement that the data ask for against the variance of fitting it.
@@ -279,12 +260,10 @@ class LoRADA(Options, Method):
         return Request(needed, loss=loss, mask=self.mask, samples=self.samples)
 
     def solve(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics) -> Solution:
-        """Return the start of the site, and how it came about."""
+        """Return the start of the site, and the figures that explain it."""
         require_rank_at_most_min(site)
         with naming(site):
-            return solve(
-                *self._means(site, statistics), site.rank, self, generator=generator, **self._counts(site, statistics)
-            )
+            return solve(self._layer(site, statistics), site.rank, self, _solver(statistics, generator))
 
     def start(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics) -> Factors:
         """Return A and B for the site."""
@@ -297,37 +276,45 @@ class LoRADA(Options, Method):
         but for σ², which differs from layer to layer.
         """
         with naming(site):
-            posed = pose(*self._means(site, statistics), 1, self, **self._counts(site, statistics))
+            posed = pose(self._layer(site, statistics), 1, self, _solver(statistics))
             return torch.linalg.eigvalsh(posed.guidance.dense()).neg().clamp_min(0)
 
-    def _means(self, site: LoraSite, statistics: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
-        """Return G = S_G/n, Z = S_zz/M and y = S_y/M on the layer's device; n sequences, M tokens."""
-        sums = {name: v.to(site.device) for name, v in collected(statistics, self.streams).items()}
-        n, M = statistics.sequences, statistics.tokens
-        moments = (sums["input_second_moment"] / M, sums["output_gradient_squares"] / M)
-        return sums["weight_gradient"] / n, *moments
-
     def workspace(self, site: LoraSite) -> int:
-        """Return about how many bytes the start of a layer takes; `pose` says what is solved in float64."""
-        double = site.in_features <= _DOUBLE_UP_TO or (isinstance(self.damping, float) and self.damping < 1e-3)  # noqa: PLR2004
+        """Return about how many bytes the start of a layer takes; `Solver` says what is solved in float64."""
+        double = site.in_features <= _DEFAULT_SOLVER.double_up_to or (
+            isinstance(self.damping, float) and self.damping < 1e-3
+        )  # noqa: PLR2004
         return super().workspace(site) * (2 if double else 1)
 
-    def _counts(self, site: LoraSite, statistics: LayerStatistics) -> dict[str, Any]:
-        """Return the numbers of samples, what factorizes Z, and the gradients of the halves where they are needed."""
+    def _layer(self, site: LoraSite, statistics: LayerStatistics) -> Calibration:
+        """Return the means on the layer's device: G = S_G/n, Z = S_zz/M and y = S_y/M; n sequences, M tokens."""
+        sums = {name: v.to(site.device) for name, v in collected(statistics, self.streams).items()}
         n, M = statistics.sequences, statistics.tokens
-        counts: dict[str, Any] = {
-            "num_samples": self.training_samples,
-            "tokens_per_sample": M / n,
-            "calibration_samples": n,
-        }
-        # one factorization for all layers with this input
-        counts["factorize"] = lambda Z, damping: statistics.shared.once(
-            ("lora-da", Z.dtype, damping), lambda: damped_cholesky(Z, damping)
+        return Calibration(
+            sums["weight_gradient"] / n,
+            sums["input_second_moment"] / M,
+            sums["output_gradient_squares"] / M,
+            num_samples=self.training_samples,
+            tokens_per_sample=M / n,
+            calibration_samples=n,
+            halves=_halves(site, statistics) if self.halved else None,
         )
-        if not self.halved:
-            return counts
-        if n < 2:  # noqa: PLR2004
-            raise ValueError("cross_fit and damping='auto' need at least two sequences")
-        sums = collected(statistics, ("odd_weight_gradient", "weight_gradient"))
-        odd, every = (sums[name].to(site.device) for name in ("odd_weight_gradient", "weight_gradient"))
-        return counts | {"halves": (odd / (n // 2), (every - odd) / (n - n // 2))}
+
+
+def _halves(site: LoraSite, statistics: LayerStatistics) -> tuple[Tensor, Tensor]:
+    """Return the mean gradients of every second sequence and of the others."""
+    n = statistics.sequences
+    if n < 2:  # noqa: PLR2004
+        raise ValueError("cross_fit and damping='auto' need at least two sequences")
+    sums = collected(statistics, ("odd_weight_gradient", "weight_gradient"))
+    odd, every = (sums[name].to(site.device) for name in ("odd_weight_gradient", "weight_gradient"))
+    return odd / (n // 2), (every - odd) / (n - n // 2)
+
+
+def _solver(statistics: LayerStatistics, generator: torch.Generator | None = None) -> Solver:
+    """Return a solver that factorizes Z once for all layers with this input."""
+
+    def factorize(Z: Tensor, damping: float) -> Cholesky:
+        return statistics.shared.once(("lora-da", Z.dtype, damping), lambda: damped_cholesky(Z, damping))
+
+    return Solver(generator, factorize)

@@ -21,12 +21,13 @@ import torch
 from .._typing import Float, Tensor
 from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
-from ..numerics.linalg import SVD, exact_svd, randomized_svd, require_sketch
-from ..statistics import LayerStatistics, Request
-from .method import Method, MethodInfo, require_choice
+from ..numerics.linalg import SVD, exact_svd, randomized_svd
+from ..statistics import LayerStatistics
+from .method import MethodInfo, require_choice
 from .parts.activations import rounding
-from .parts.gradient import collected, gradient_energies, leading_triplets, naming
-from .parts.sketching import SketchChoice, chosen_sketch, require_sketch_option, triplets_of_sketch
+from .parts.gradient import leading_triplets, naming
+from .parts.triplets import TripletMethod, require_positive_gamma
+from .registry import register
 
 Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
 Scale = Literal["stable", "gd", "unit", "weightS"]
@@ -72,34 +73,35 @@ def factors(
     Warns:
         UserWarning: the rank of the gradient is below 2r, and some directions are arbitrary.
     """
-    _require_options(gamma, direction, scale, oversample, iterations)
+    options = LoRAGA(gamma, direction, scale, clip, exact=exact, oversample=oversample, iterations=iterations)
     _require_directions(rank, *gradient.shape)
     generator = generator or torch.Generator().manual_seed(0)
-    options = {"generator": generator, "oversample": oversample, "iterations": iterations, "exact": exact}
-    svd = leading_triplets(gradient, 2 * rank, **options)
-    chosen = {"gamma": gamma, "direction": direction, "scale": scale, "scaling": scaling, "clip": clip}
-    return from_triplets(svd, rank, weight=weight, **chosen, **options)
+    randomized = {"generator": generator, "oversample": oversample, "iterations": iterations}
+    svd = leading_triplets(gradient, 2 * rank, exact=exact, **randomized)
+    return from_triplets(svd, rank, options, generator, scaling=scaling, weight=weight)
 
 
 def from_triplets(
     svd: SVD,
     rank: int,
+    options: LoRAGA,
+    generator: torch.Generator,
     *,
-    gamma: float = 16.0,
-    direction: Direction = "ArB2r",
-    scale: Scale = "stable",
-    scaling: float = 1.0,
+    scaling: float,
     weight: Float[Tensor, "out in"] | None = None,
-    clip: bool = False,
-    generator: torch.Generator | None = None,
-    exact: bool = False,
-    oversample: int | None = None,
-    iterations: int = 3,
 ) -> Factors:
-    """Return LoRA-GA's start from the 2r leading triplets of the gradient; arguments, errors, warnings of `factors`."""
-    if weight is None and (clip or scale == "weightS"):
+    """Return LoRA-GA's start from the 2r leading triplets of the gradient; errors and warnings are those of `factors`.
+
+    Args:
+        svd: the triplets, at least 2r of them.
+        rank: r.
+        options: which triplets go where, and the scale c.
+        generator: of the random halves, and of the randomized SVD of the weight.
+        scaling: s.
+        weight: W, where the scale or ``clip`` needs it.
+    """
+    if weight is None and options.needs_weight:
         raise ValueError("clip and scale='weightS' need the weight")
-    generator = generator or torch.Generator().manual_seed(0)
     present = int((svd.S > rounding(svd.U) * svd.S[0]).sum())
     if present < 2 * rank:
         warnings.warn(
@@ -107,17 +109,26 @@ def from_triplets(
             "LoRA-GA takes from it are arbitrary; give more data, or lower r",
             stacklevel=3,
         )
-    of_A, of_B = (part.to(svd.U.device) for part in _split(rank, direction, generator))
-    factor = {"stable": len(svd.U) ** 0.25 / math.sqrt(gamma), "gd": 1 / scaling}.get(scale, 1.0)
-    if weight is not None and scale == "weightS":
-        sketch = {"generator": generator, "oversample": oversample, "iterations": iterations}
-        values = (exact_svd(weight, rank) if exact else randomized_svd(weight, rank, **sketch)).S
-        factor = float((values / scaling).sqrt().mean())
-    A, B = factor * svd.Vh[of_A], factor * svd.U[:, of_B]
-    if weight is not None and clip:
+    of_A, of_B = (part.to(svd.U.device) for part in _split(rank, options.direction, generator))
+    c = _scale(len(svd.U), rank, options, generator, scaling, weight)
+    A, B = c * svd.Vh[of_A], c * svd.U[:, of_B]
+    if weight is not None and options.clip:
         ratio = float(weight.abs().max()) / (scaling * float((B @ A).abs().max()))
         A, B = (min(1.0, math.sqrt(ratio)) * part for part in (A, B))
     return Factors(A, B)
+
+
+def _scale(
+    out_features: int, rank: int, options: LoRAGA, generator: torch.Generator, scaling: float, weight: Tensor | None
+) -> float:
+    """Return c, by which both factors are multiplied."""
+    if options.scale == "weightS":
+        assert weight is not None
+        sketch = {"generator": generator, "oversample": options.oversample, "iterations": options.iterations}
+        svd = exact_svd(weight, rank) if options.exact else randomized_svd(weight, rank, **sketch)
+        return float((svd.S / scaling).sqrt().mean())
+    known = {"stable": out_features**0.25 / math.sqrt(options.gamma), "gd": 1 / scaling, "unit": 1.0}
+    return known[options.scale]
 
 
 def _require_directions(rank: int, out_features: int, in_features: int) -> None:
@@ -139,42 +150,23 @@ def _split(rank: int, direction: Direction, generator: torch.Generator) -> tuple
     return (second, first) if direction == "A2rBr" else (first, second)
 
 
-def _require_options(gamma: float, direction: Direction, scale: Scale, oversample: int | None, iterations: int) -> None:
-    require_choice("direction", direction, Direction)
-    require_choice("scale", scale, Scale)
-    if not (gamma > 0 and math.isfinite(gamma)):
-        raise ValueError(f"gamma must be positive, got {gamma}")
-    require_sketch(oversample, iterations)
-
-
+@register
 @dataclasses.dataclass(frozen=True)
-class LoRAGA(Method):
+class LoRAGA(TripletMethod):
     """Singular vectors of the gradient: A and B take disjoint halves of its 2r leading triplets.
 
-    Args:
+    Args (beside those of `TripletMethod`):
         gamma: γ of the scale ``"stable"``: both factors are multiplied by out^¼/√γ.
         direction: which triplets go where: ``"ArB2r"``, ``"A2rBr"``, ``"ArBr"`` or ``"random"``, see `factors`.
         scale: ``"stable"``, ``"gd"``, ``"unit"`` or ``"weightS"``, see `factors`.
         clip: shrink the start where max|s·BA| would exceed max|W|.
-        exact: full SVD (slow) instead of the seeded randomized one.
-        oversample: extra columns of the randomized SVD (default: as many as it has to find, at least 16).
-        iterations: its power iterations.
-        sketch: collect two seeded sketches of the gradient instead of all of it: True wherever they are smaller, "auto"
-            where they have at most an eighth of its rows and columns. A layer gets a remark where they miss much.
-        columns: of the first sketch, half as many as of the second; default 8 times the layer's rank and 20.
     """
 
     gamma: float = 16.0
     direction: Direction = "ArB2r"
     scale: Scale = "stable"
     clip: bool = False
-    exact: bool = False
-    oversample: int | None = None
-    iterations: int = 3
-    sketch: SketchChoice = False
-    columns: int | None = None
 
-    streams: ClassVar[frozenset[str]] = frozenset({"weight_gradient"})
     info: ClassVar = MethodInfo(
         name="lora-ga",
         summary="A, B = disjoint halves of the 2r leading singular vectors of the gradient",
@@ -186,31 +178,23 @@ class LoRAGA(Method):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        _require_options(self.gamma, self.direction, self.scale, self.oversample, self.iterations)
-        require_sketch_option(self.sketch, self.columns, exact=self.exact)
+        require_choice("direction", self.direction, Direction)
+        require_choice("scale", self.scale, Scale)
+        require_positive_gamma(self.gamma)
+        super().__post_init__()
 
     @property
-    def request(self) -> Request:
-        """The weight gradient, or sketches that make out its 2r leading triplets."""
-        return Request(self.streams, sketch=chosen_sketch(self.sketch, self.columns, per_rank=8, extra=20))
+    def needs_weight(self) -> bool:
+        """Whether the start depends on the layer's weight."""
+        return self.clip or self.scale == "weightS"
 
     def start(self, site: LoraSite, generator: torch.Generator, statistics: LayerStatistics) -> Factors:
-        """Return the start for the site from the gradient of the summed loss, whose scale has no influence."""
-        weight = site.weight() if self.clip or self.scale == "weightS" else None
+        """Return the start for the site; the scale of the loss has no influence."""
+        weight = site.weight() if self.needs_weight else None
         with naming(site):
-            options = dataclasses.asdict(self)
-            del options["sketch"], options["columns"]
-            options |= {"scaling": site.scaling, "weight": weight, "generator": generator}
-            if statistics.gradient_range is not None:
-                _require_directions(site.rank, site.out_features, site.in_features)
-                return from_triplets(triplets_of_sketch(site, statistics, 2 * site.rank), site.rank, **options)
-            gradient = collected(statistics, self.streams)["weight_gradient"].to(site.device)
-            return factors(gradient, site.rank, **options)
-
-    def energies(self, site: LoraSite, statistics: LayerStatistics) -> Tensor:
-        """Return what `lorainit.start.budget.allocate` pools: the squared singular values of the gradient."""
-        with naming(site):
-            return gradient_energies(collected(statistics, self.streams)["weight_gradient"].to(site.device))
+            _require_directions(site.rank, site.out_features, site.in_features)
+            svd = self.triplets(site, statistics, 2 * site.rank, generator)
+            return from_triplets(svd, site.rank, self, generator, scaling=site.scaling, weight=weight)
 
     def rank_limit(self, site: LoraSite) -> int:
         """Return half of min(in, out): A and B take disjoint sets of triplets."""

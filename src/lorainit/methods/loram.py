@@ -24,6 +24,7 @@ from ..errors import UnsupportedLayerError
 from ..numerics.linalg import frobenius_norm, product_mean, product_norm, require_rank, total
 from ..statistics import LayerStatistics, Request
 from .method import Method, MethodInfo, require_choice, require_rank_at_most_min, start_layer
+from .registry import register
 
 Statistic = Literal["mean_square", "variance"]
 Gain = Literal["log", "log_half", "svd"]
@@ -175,6 +176,7 @@ def factors(
     return _scaled(basis_pair(n, m, rank, device=weight.device), beta)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class LoRAM(Method):
     """DST bases scaled so that the adapter's updates are as large as a spectral start's, without an SVD.

@@ -13,46 +13,11 @@ from torch import nn
 from .._typing import Float, Tensor
 from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
+from ..catalog import MethodInfo, Product
 from ..errors import LoraInitError, UnsupportedLayerError
 from ..statistics import LayerStatistics, Request
 
-Product = Literal["zero", "preserve", "step"]
 Comparison = Literal["proxy", "pairs"]
-
-
-@dataclasses.dataclass(frozen=True)
-class MethodInfo:
-    """What `lorainit.available` tells about a method.
-
-    Attributes:
-        name: the name that `lorainit.initialize` and recipes take.
-        aliases: other names for it.
-        needs: what has to run before it: ``()``, or some of ``"forward"``, ``"backward"``, ``"training"``; or
-            ``"weights"``, those from before quantization.
-        paper: where it comes from.
-        status: ``"paper"``, or ``"reconstruction"`` where the publication leaves the formula open.
-        deterministic: the seed has no influence.
-        variable_ranks: its start is a list of components of falling worth, for which layers can compete (the argument
-            ``ranks`` of `lorainit.initialize`).
-        product: the start's BA is ``"zero"``; or non-zero and meant to ``"preserve"`` the function (``base="auto"``
-            gives the offset form); or a first ``"step"`` that is kept.
-        summary: what it does to the start, in one line.
-    """
-
-    name: str
-    summary: str
-    paper: str
-    product: Product
-    aliases: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    status: Literal["paper", "reconstruction"] = "paper"
-    deterministic: bool = False
-    variable_ranks: bool = False
-
-    @property
-    def needs_data(self) -> bool:
-        """Say whether the method needs calibration data."""
-        return not set(self.needs) <= {"weights"}
 
 
 @dataclasses.dataclass(frozen=True)

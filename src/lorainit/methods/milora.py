@@ -14,6 +14,7 @@ from ..errors import UnsupportedLayerError
 from ..numerics.linalg import exact_svd
 from .method import Method, MethodInfo, require_rank_at_most_min
 from .pissa import split_evenly
+from .registry import register
 
 
 def factors(weight: Float[Tensor, "out in"], rank: int, scaling: float) -> Factors:
@@ -24,6 +25,7 @@ def factors(weight: Float[Tensor, "out in"], rank: int, scaling: float) -> Facto
     return split_evenly(exact_svd(weight, rank, smallest=True), scaling)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class MiLoRA(Method):
     """The r smallest singular triplets of W, so that training disturbs the principal part least."""

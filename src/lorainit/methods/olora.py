@@ -12,6 +12,7 @@ from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
 from ..numerics.linalg import require_rank
 from .method import Method, MethodInfo, require_rank_at_most_min
+from .registry import register
 
 
 def factors(weight: Float[Tensor, "out in"], rank: int) -> Factors:
@@ -28,6 +29,7 @@ def factors(weight: Float[Tensor, "out in"], rank: int) -> Factors:
     return Factors(B.mT @ weight, B)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class OLoRA(Method):
     """Orthonormal B and the matching rows of R: BA is the projection of W on its first r columns' span."""

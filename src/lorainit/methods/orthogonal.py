@@ -11,6 +11,7 @@ from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
 from ..errors import UnsupportedLayerError
 from .method import Method, MethodInfo
+from .registry import register
 
 
 def factors(
@@ -34,6 +35,7 @@ def factors(
     return Factors(A.float(), B.float())
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Orthogonal(Method):
     """Non-zero A and B of rank r/2 each with BA = 0: both factors get a gradient at the first step.

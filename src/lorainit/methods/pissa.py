@@ -12,6 +12,7 @@ from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
 from ..numerics.linalg import SVD, exact_svd, randomized_svd, require_sketch, squared_singular_values
 from .method import Method, MethodInfo, require_rank_at_most_min
+from .registry import register
 
 
 def split_evenly(svd: SVD, scaling: float) -> Factors:
@@ -50,6 +51,7 @@ def factors(
     return split_evenly(svd, scaling)
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class PiSSA(Method):
     """The r leading singular triplets of W; the rest of W is what stays frozen.

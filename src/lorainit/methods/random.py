@@ -11,6 +11,7 @@ from ..adapter.factors import Factors
 from ..adapter.sites import LoraSite
 from ..errors import UnsupportedLayerError
 from .method import Method, MethodInfo
+from .registry import get_method, register
 
 
 def factors(reference: Factors, *, generator: torch.Generator) -> Factors:
@@ -37,6 +38,7 @@ def factors(reference: Factors, *, generator: torch.Generator) -> Factors:
     return Factors((L @ frame(A.shape[1]).mT).float(), (frame(B.shape[0]) @ R).float())
 
 
+@register
 @dataclasses.dataclass(frozen=True)
 class Random(Method):
     """A reference's start turned into random directions: what it still gains over vanilla is due to its magnitude.
@@ -61,8 +63,6 @@ class Random(Method):
             raise ValueError(f"reference={self.reference!r} must be a data-free method other than this one")
 
     def _reference(self) -> Method:
-        from .registry import get_method
-
         return get_method(self.reference)
 
     def start(self, site: LoraSite, generator: torch.Generator) -> Factors:

@@ -1,4 +1,4 @@
-"""The methods by name, with what each needs and where it comes from."""
+"""The methods by name. Each file of a method registers its own class; none of them is imported here."""
 
 from __future__ import annotations
 
@@ -6,37 +6,21 @@ import dataclasses
 import difflib
 import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
+from ..catalog import MethodInfo, in_order
 from ..errors import LoraInitError
-from .abm import ABMLoRA
-from .ag_lora import AGLoRA
-from .auto import Auto
-from .cntlora import CNTLoRA
-from .corda import CorDA
-from .eva import EVA
-from .gaussian import Gaussian
-from .hrp import HRP
-from .init_ab import InitAB
-from .kaiming import Kaiming
-from .loftq import LoftQ
-from .lora_da import LoRADA
-from .lora_ga import LoRAGA
-from .lora_one import LoRAOne
-from .loram import LoRAM
-from .method import Method, MethodInfo
-from .milora import MiLoRA
-from .olora import OLoRA
-from .orthogonal import Orthogonal
-from .pissa import PiSSA
-from .random import Random
+from .method import Method
+
+M = TypeVar("M", bound=Method)
 
 _METHODS: dict[str, type[Method]] = {}
 
 
-def register(cls: type[Method]) -> type[Method]:
+def register(cls: type[M]) -> type[M]:
     """Add a method to the registry; usable as a class decorator.
 
     The class is a frozen dataclass that subclasses `Method` and carries a `MethodInfo` as ``info``. From then on its
@@ -60,6 +44,22 @@ def register(cls: type[Method]) -> type[Method]:
     return cls
 
 
+def discover(package: str, folders: Iterable[str]) -> None:
+    """Import every module of a package, so that each of its classes marked with `register` is known.
+
+    Args:
+        package: name of the package.
+        folders: where its modules are, the package's ``__path__``.
+    """
+    for module in pkgutil.iter_modules(folders, f"{package}."):
+        importlib.import_module(module.name)
+
+
+def builtin() -> dict[str, type[Method]]:
+    """Return lorainit's own methods by the name of their class."""
+    return {cls.__name__: cls for cls in _METHODS.values() if cls.__module__.startswith(f"{__package__}.")}
+
+
 def import_modules(names: str | Iterable[str]) -> None:
     """Import modules that call `register`, from the current folder too.
 
@@ -79,13 +79,13 @@ def import_modules(names: str | Iterable[str]) -> None:
 
 
 def available() -> list[MethodInfo]:
-    """List every registered method, in the order of registration.
+    """List every registered method: the built-in ones in a fixed order, then others in the order of registration.
 
     Example:
         >>> [info.name for info in available()][:2]
         ['kaiming', 'gaussian']
     """
-    return [cls.info for cls in dict.fromkeys(_METHODS.values())]
+    return in_order(cls.info for cls in dict.fromkeys(_METHODS.values()))
 
 
 def get_method(method: str | Method, **options: Any) -> Method:
@@ -121,9 +121,3 @@ def get_method(method: str | Method, **options: Any) -> Method:
         return cls(**options)
     except (TypeError, ValueError) as error:
         raise LoraInitError(f"method '{cls.info.name}': {error}") from error
-
-
-_DATA_FREE = (Kaiming, Gaussian, Orthogonal, InitAB, PiSSA, MiLoRA, OLoRA, LoRAM, LoftQ, Random)
-_DATA_DRIVEN = (LoRADA, CNTLoRA, EVA, CorDA, LoRAGA, LoRAOne, AGLoRA, HRP, ABMLoRA)
-for _cls in (*_DATA_FREE, *_DATA_DRIVEN, Auto):
-    register(_cls)

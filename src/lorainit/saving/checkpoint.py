@@ -30,7 +30,7 @@ from ..adapter.quantized import unpacked
 from ..adapter.rank import resize
 from ..adapter.scaling import begin, finish, scale
 from ..adapter.sites import LoraSite, adapter_config, check_unmerged, find_sites, lora_layers, pattern_name, site_name
-from ..adapter.write import all_or_nothing
+from ..adapter.undo import all_or_nothing
 from ..errors import LoraInitError
 from ..machine.sharding import is_partitioned
 from ..numerics.linalg import truncate_product

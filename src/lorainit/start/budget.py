@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Literal, get_args
 
 from .._typing import Tensor
+from ..errors import LoraInitError
+from ..methods import Method
 
 Rule = Literal["budget", "fixed", "energy", "cost"]
 
@@ -37,6 +39,19 @@ class RankRule:
                 f"rho must be ≥ 1, threshold in (0, 1] and minimum ≥ 0, got {self.rho}, {self.threshold} and "
                 f"{self.minimum}"
             )
+
+
+def rank_rule(ranks: Rule | RankRule, method: Method) -> RankRule:
+    """Return the rule by which layers get their ranks; raise if the method has nothing to share out by it."""
+    try:
+        rule = ranks if isinstance(ranks, RankRule) else RankRule(ranks)
+    except ValueError as error:
+        raise LoraInitError(f"ranks: {error}") from error
+    if rule.rule != "fixed" and not method.info.variable_ranks:
+        raise LoraInitError(
+            f"{method.info.name} has no components of falling worth to share out: ranks='fixed' is the only rule for it"
+        )
+    return rule
 
 
 def allocate(

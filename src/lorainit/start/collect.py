@@ -1,35 +1,198 @@
-"""What a start rests on: the batches, the statistics of every layer, a random stream of its own, its rank."""
+"""Collects calibration statistics for the layers of a plan, and reallocates ranks by them."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter.rank import resize
 from ..adapter.sites import LoraSite
-from ..adapter.write import Undo, write_start
+from ..adapter.undo import Undo
+from ..adapter.write import write_start
 from ..errors import LoraInitError
 from ..machine.precision import own_precision
-from ..machine.processes import Processes
 from ..methods import Method
 from ..methods.kaiming import Kaiming
 from ..methods.method import TrainedMethod
 from ..numerics.seeds import layer_generator
+from ..report import LayerReport
 from ..statistics import LayerStatistics, Request
 from ..statistics.batches import check_max_batches
-from ..statistics.collect import collect, collect_groups
+from ..statistics.collect import collect as collect_sums
+from ..statistics.collect import collect_groups
 from ..statistics.pairs import collect_pairs
 from ..statistics.store import collect_cached
-from .budget import RankRule, Rule, allocate
+from .budget import allocate
+from .call import Call
+from .checks import check_proxies
+from .find import Plan
+from .rows import row_without_rank
 from .share import Known, each_layer
 
-Groups = Iterable[tuple[list[LoraSite], dict[str, Known]]]
+
+class Group(NamedTuple):
+    """Layers whose statistics are held at the same time.
+
+    Attributes:
+        sites: the layers.
+        known: what the data say about each, by name; about expert parameters by the names of the experts.
+    """
+
+    sites: list[LoraSite]
+    known: dict[str, Known]
+
+
+class Calibration:
+    """The calibration data of a call, and the statistics of layers that they give.
+
+    Attributes:
+        batches: what the method may use of the data: () for a data-free method, None where saved statistics stand in.
+        remarks: what the user should know about the passes that were made.
+        source: where saved statistics were found or written; None without a cache.
+    """
+
+    def __init__(self, call: Call) -> None:
+        """Check the data against the method; nothing is read yet.
+
+        Raises:
+            LoraInitError: data that are missing, not wanted or not to be read twice; a cache with a memory budget.
+        """
+        self._call = call
+        self.batches = usable_batches(call.method, call.data, call.max_batches, cached=call.cache is not None)
+        self.remarks: list[str] = []
+        self.source: dict[str, Any] | None = None
+        check_proxies(call.method, self.batches, call.proxy_data)
+        self._request = _sums_to_collect(call)
+        if self._request is not None and call.cache is not None and call.memory_budget is not None:
+            raise LoraInitError("cache keeps the statistics of all layers together: it does not go with memory_budget")
+
+    def groups(self, sites: list[LoraSite]) -> Iterator[Group]:
+        """Run the data and yield the layers in groups whose statistics fit the memory budget.
+
+        The statistics of a group are the receiver's: what is popped from them is free.
+        """
+        if self._request is None:
+            yield Group(sites, {})
+            return
+        for group, statistics in self._collected(sites, self._request):
+            seconds = self._compared(group, self._request)
+            known = {name: (sums, seconds[name]) if seconds else (sums,) for name, sums in statistics.items()}
+            statistics.clear()  # so that what is popped from `known` is free
+            del seconds
+            yield Group(group, known)
+
+    def _collected(
+        self, sites: list[LoraSite], request: Request
+    ) -> Iterable[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
+        """Return the statistics of the data: from the cache, or collected group by group."""
+        call = self._call
+        options: dict[str, Any] = {"memory_budget": call.memory_budget, "micro_batch": call.micro_batch}
+        options |= {"storage": call.storage, "processes": call.processes, "progress": call.progress}
+        if call.cache is None:
+            data = () if self.batches is None else self.batches
+            more = {"workspace": call.method.workspace, "remarks": self.remarks}
+            return collect_groups(call.model, sites, data, request, **options, **more)
+        found, self.source = collect_cached(call.model, sites, self.batches, request, Path(call.cache), **options)
+        return [(sites, found)]
+
+    def _compared(self, sites: list[LoraSite], request: Request) -> dict[str, LayerStatistics]:
+        """Return the statistics of the batches to compare the data with, if the method compares."""
+        call = self._call
+        options: dict[str, Any] = {"storage": call.storage, "processes": call.processes, "progress": call.progress}
+        if call.proxy_data is None:
+            return {}
+        if call.method.comparison == "pairs" and self.batches is not None:
+            return collect_pairs(call.model, sites, self.batches, call.proxy_data, request, **options)
+        return collect_sums(call.model, sites, call.proxy_data, request, **options)
+
+
+class Sums(NamedTuple):
+    """What is known about the layers that are going to be started.
+
+    Attributes:
+        sites: the layers that have an adapter: all of the plan's, but for those that rank 0 was given to.
+        groups: their statistics, group by group; the data are run as they are asked for.
+        calibration: where the statistics come from.
+        without_rank: rows of the report for the layers that rank 0 was given to, by name.
+    """
+
+    sites: list[LoraSite]
+    groups: Iterable[Group]
+    calibration: Calibration
+    without_rank: Mapping[str, LayerReport] = MappingProxyType({})
+
+
+def collect(plan: Plan, undo: Undo) -> Sums:
+    """Collect the statistics that the method needs, lazily, group by group; reallocate ranks if they are shared out.
+
+    Raises:
+        LoraInitError: see `Calibration`.
+    """
+    calibration = Calibration(plan.call)
+    if plan.call.rule.rule != "fixed":
+        return _share_out(plan, calibration, undo)
+    return Sums(plan.sites, calibration.groups(plan.sites), calibration)
+
+
+def _share_out(plan: Plan, calibration: Calibration, undo: Undo) -> Sums:
+    """Give the layers the ranks that the rule says; those that get rank 0 lose their adapter.
+
+    Where all statistics are held at once they serve for the start as well; else the data are run a second time.
+    """
+    call, sites = plan.call, plan.sites
+    energies, held = _energies(call, sites, calibration)
+    shared = [site for site in sites if site.name in energies]
+    before = {site.name: site.rank for site in sites}
+    bare = {site.name: row_without_rank(site) for site in sites}
+    given = allocate(
+        energies,
+        {site.name: site.rank for site in shared},
+        shapes={site.name: (site.out_features, site.in_features) for site in shared},
+        limits={site.name: call.method.rank_limit(site) for site in shared},
+        **dataclasses.asdict(call.rule),
+    )
+    kept = resize(call.model, sites, before | given, undo)
+    for site in kept:
+        if site.rank != before[site.name]:  # so that a layer that the method then cannot start is a plain LoRA
+            write_start(site, Kaiming().start(site, layer_generator(call.seed, site.name)), "keep", undo)
+    for site in kept:
+        del bare[site.name]
+    again = not held and call.method.request is not None
+    return Sums(kept, calibration.groups(kept) if again else [Group(kept, held)], calibration, bare)
+
+
+def _energies(
+    call: Call, sites: list[LoraSite], calibration: Calibration
+) -> tuple[dict[str, Tensor], dict[str, Known]]:
+    """Return what the components of each layer are worth, and the statistics if those of all layers are held at once.
+
+    Raises:
+        LoraInitError: memory does not suffice for a layer.
+    """
+    energies: dict[str, Tensor] = {}
+    held: dict[str, Known] = {}
+
+    def worth(site: LoraSite, known: Sequence[Known]) -> tuple[None, list[Tensor]]:
+        with own_precision(site.device):
+            return None, [call.method.energies(site, *known[0])]
+
+    for group, known in calibration.groups(sites):
+        for done in each_layer(group, dict(known), worth, call.processes, skip=call.skip):
+            if done.starved:
+                raise LoraInitError(
+                    f"layer '{done.site.name}': memory does not suffice to tell what its components are worth; pass "
+                    "memory_budget"
+                )
+            if done.refused is None:
+                energies[done.site.name] = done.tensors[0].cpu()
+        held = known if len(group) == len(sites) else {}
+    return energies, held
 
 
 def usable_batches(
@@ -58,141 +221,9 @@ def usable_batches(
     return list(few) if again else few
 
 
-def collected_sums(method: Method, rule: RankRule, seed: int) -> Request | None:
-    """Return what is to be collected for a method whose layers get their ranks by a rule; None: nothing."""
-    request = method.request and method.request.seeded(seed)
-    if rule.rule != "fixed" and request is not None:  # the worth of every component, not of the leading ones
+def _sums_to_collect(call: Call) -> Request | None:
+    """Return what is to be collected for the method, with the ranks given by the rule; None: nothing."""
+    request = call.method.request and call.method.request.seeded(call.seed)
+    if call.rule.rule != "fixed" and request is not None:  # the worth of every component, not of the leading ones
         return dataclasses.replace(request, sketch=None)
     return request
-
-
-def layer_groups(
-    model: nn.Module,
-    method: Method,
-    request: Request | None,
-    batches: Iterable[Any] | None,
-    proxies: Iterable[Any] | None,
-    sites: list[LoraSite],
-    *,
-    cache: str | os.PathLike[str] | None,
-    saved: dict[str, Any],
-    remarks: list[str],
-    **options: Any,
-) -> Iterator[tuple[list[LoraSite], dict[str, Known]]]:
-    """Yield the sites, in groups whose statistics fit the budget, and what the method needs to know about each.
-
-    What it knows about expert parameters comes by the names of the experts.
-
-    Args:
-        model: the model that holds the sites.
-        method: the method.
-        request: what it needs to know; None: nothing.
-        batches: the calibration data; None: the cache has to stand in.
-        proxies: the batches to compare them with.
-        sites: the layers.
-        cache: folder of saved statistics.
-        saved: takes what is to be told about them, as ``"statistics"``.
-        remarks: takes what the user should know about the collection.
-        options: of `lorainit.statistics.collect_groups`.
-
-    Raises:
-        LoraInitError: a cache together with a memory budget, or data to compare with that are missing or not wanted.
-    """
-    _check_proxies(method, batches, proxies)
-    if request is None:
-        yield sites, {}
-        return
-    own = {name: options[name] for name in ("place", "processes", "progress")}
-    if cache is None:
-        more = {"workspace": method.workspace, "remarks": remarks}
-        groups = collect_groups(model, sites, () if batches is None else batches, request, **options, **more)
-    elif options["memory_budget"] is not None:
-        raise LoraInitError("cache keeps the statistics of all layers together: it does not go with memory_budget")
-    else:
-        found, saved["statistics"] = collect_cached(model, sites, batches, request, Path(cache), **options)
-        groups = [(sites, found)]
-    for group, statistics in groups:
-        seconds: dict[str, LayerStatistics] = {}
-        if proxies is not None and method.comparison == "pairs" and batches is not None:
-            seconds = collect_pairs(model, group, batches, proxies, request, **own)
-        elif proxies is not None:
-            seconds = collect(model, group, proxies, request, **own)
-        known = {name: (sums, seconds[name]) if seconds else (sums,) for name, sums in statistics.items()}
-        statistics.clear()  # so that what is popped from `known` is free
-        del seconds
-        yield group, known
-
-
-def _check_proxies(method: Method, batches: Iterable[Any] | None, proxies: Iterable[Any] | None) -> None:
-    """Raise unless there is a second set of batches just where the method compares with one."""
-    if proxies is None:
-        if method.comparison == "pairs" or getattr(method, "constraint", None) == "F1p":
-            raise LoraInitError(f"{method} compares with pre-training-like data: pass proxy_data=batches")
-        return
-    if method.comparison is None:
-        raise LoraInitError(f"{method} compares with no second set of batches: leave proxy_data out")
-    for name, given in (("data", batches), ("proxy_data", proxies)):
-        if isinstance(given, Iterator):
-            raise LoraInitError(f"{name} is read more than once here: pass a list or a DataLoader, not an iterator")
-
-
-def rank_rule(ranks: Rule | RankRule, method: Method) -> RankRule:
-    """Return the rule by which layers get their ranks; raise if the method has nothing to share out by it."""
-    try:
-        rule = ranks if isinstance(ranks, RankRule) else RankRule(ranks)
-    except ValueError as error:
-        raise LoraInitError(f"ranks: {error}") from error
-    if rule.rule != "fixed" and not method.info.variable_ranks:
-        raise LoraInitError(
-            f"{method.info.name} has no components of falling worth to share out: ranks='fixed' is the only rule for it"
-        )
-    return rule
-
-
-def share_out(
-    model: nn.Module,
-    sites: list[LoraSite],
-    method: Method,
-    rule: RankRule,
-    seed: int,
-    collecting: Callable[[list[LoraSite]], Groups],
-    undo: Undo,
-    processes: Processes,
-    *,
-    skip: str,
-) -> tuple[list[LoraSite], Groups]:
-    """Give the layers the ranks that the rule says; return the sites that keep their adapter, and their groups.
-
-    Where all statistics are held at once they serve for the start as well; else the data are run a second time.
-    """
-    energies: dict[str, Tensor] = {}
-    held: dict[str, Known] = {}
-
-    def worth(site: LoraSite, known: Sequence[Known]) -> tuple[None, list[Tensor]]:
-        with own_precision(site.device):
-            return None, [method.energies(site, *known[0])]
-
-    for group, statistics in collecting(sites):
-        for done in each_layer(group, dict(statistics), worth, processes, skip=skip):
-            if done.starved:
-                raise LoraInitError(
-                    f"layer '{done.site.name}': memory does not suffice to tell what its components are worth; pass "
-                    "memory_budget"
-                )
-            if done.refused is None:
-                energies[done.site.name] = done.tensors[0].cpu()
-        held = statistics if len(group) == len(sites) else {}
-    shared = [site for site in sites if site.name in energies]
-    before = {site.name: site.rank for site in sites}
-    given = allocate(
-        energies,
-        {site.name: site.rank for site in shared},
-        shapes={site.name: (site.out_features, site.in_features) for site in shared},
-        limits={site.name: method.rank_limit(site) for site in shared},
-        **dataclasses.asdict(rule),
-    )
-    kept = resize(model, sites, before | given, undo)
-    for site in kept:
-        if site.rank != before[site.name]:  # so that a layer that the method then cannot start is a plain LoRA
-            write_start(site, Kaiming().start(site, layer_generator(seed, site.name)), "keep", undo)
-    return kept, [(kept, held)] if held or method.request is None else collecting(kept)

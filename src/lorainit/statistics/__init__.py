@@ -1,4 +1,4 @@
-"""What is measured while batches run: sums per layer, collected in one pass for all that a method needs."""
+"""Collects calibration statistics: sums per layer, in one pass of the model for all that a method needs."""
 
 from __future__ import annotations
 

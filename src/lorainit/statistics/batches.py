@@ -1,4 +1,4 @@
-"""What a calibration batch says: its rows, which positions count, how many label terms its loss averages."""
+"""Reads calibration batches: their rows, which positions count, how many label terms their loss averages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraInitError
-from .reading import is_two_sided, predicts_next_token
+from .architecture import is_encoder_decoder, shifts_labels
+from .row_cuts import RowCutter, like
 
 MaskKind = Literal["attention", "labels"]
 NO_BATCH = "the calibration data are empty: not a single batch"
@@ -28,10 +29,10 @@ def iterate(
     *,
     may_be_empty: bool = False,
 ) -> Iterator[Any]:
-    """Yield the batches on the model's device, at most ``max_batches`` of them and ``max_rows`` rows, the last one cut.
+    """Yield the batches on the model's device, at most ``max_batches`` and ``max_rows`` rows, the last batch cut.
 
     Raises:
-        LoraInitError: there is no batch at all, and it may not be so; or not even one is to be used.
+        LoraInitError: there is no batch and ``may_be_empty`` is False, or ``max_batches`` is below 1.
     """
     check_max_batches(max_batches)
     index, left = -1, math.inf if max_rows is None else max_rows
@@ -63,7 +64,7 @@ def forward(model: nn.Module, batch: Any) -> Any:
         if isinstance(batch, Mapping):
             return model(**{k: v for k, v in batch.items() if k != "num_items_in_batch"})
         return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-    except LoraInitError:  # what a watch has to say
+    except LoraInitError:  # raised by a hook
         raise
     except (TypeError, ValueError, IndexError) as error:
         raise LoraInitError(f"the model refuses a calibration batch ({describe(batch)}): {error}") from error
@@ -77,7 +78,7 @@ def describe(batch: Any) -> str:
 
 
 def count_rows(batch: Any) -> int:
-    """Return the number of rows (sequences, images) in a batch: what its inputs have, or most of its tensors.
+    """Return the number of rows (sequences, images) in a batch: the length of its inputs, or of most of its tensors.
 
     Raises:
         LoraInitError: it holds no tensor, or it is one row of a dataset.
@@ -105,7 +106,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def named_fields(batch: Any) -> dict[str, Any]:
-    """Return what a batch names, in mappings inside it as well (what a sentence-transformers model takes)."""
+    """Return the named fields of a batch, nested mappings included (sentence-transformers models take them)."""
     batch = _by_name(batch)
     found: dict[str, Any] = {}
     if isinstance(batch, (Mapping, tuple, list)):
@@ -119,32 +120,23 @@ def _by_name(batch: Any) -> Any:
     return batch._asdict() if hasattr(batch, "_asdict") else batch
 
 
-def _like(batch: Any, values: Iterable[Any]) -> Any:
-    """Return a sequence of the kind of another one."""
-    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+def take_rows(batch: Any, rows: slice, model: nn.Module | None = None) -> Any:
+    """Return some rows of a batch.
+
+    Raises:
+        LoraInitError: a field of the batch does not lie by rows.
+    """
+    return RowCutter(batch, count_rows(batch), model).take(rows)
 
 
-def take_rows(batch: Any, rows: slice) -> Any:
-    """Return some rows of a batch; a tensor that has not as many as the batch (broadcast positions) stays whole."""
-    return _take(batch, rows, count_rows(batch))
+def split_rows(batch: Any, size: int = 1, model: nn.Module | None = None) -> list[Any]:
+    """Return the batch as batches of at most ``size`` rows.
 
-
-def _take(value: Any, rows: slice, count: int, name: str = "") -> Any:
-    if isinstance(value, Mapping):
-        return {k: _take(v, rows, count, str(k)) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return _like(value, (_take(v, rows, count) for v in value))
-    if not isinstance(value, Tensor):
-        return value
-    if name == "position_ids" and value.dim() == 3:  # noqa: PLR2004 - (time, height, width) × rows × tokens
-        return value[:, rows] if value.shape[1] == count else value
-    return value[rows] if value.dim() and value.shape[0] == count else value
-
-
-def split_rows(batch: Any, size: int = 1) -> list[Any]:
-    """Return the batch as batches of at most ``size`` rows."""
-    count = count_rows(batch)
-    return [_take(batch, slice(i, i + size), count) for i in range(0, count, size)]
+    Raises:
+        LoraInitError: a field of the batch does not lie by rows.
+    """
+    cutter = RowCutter(batch, count_rows(batch), model)
+    return [cutter.take(slice(i, min(i + size, cutter.count))) for i in range(0, cutter.count, size)]
 
 
 def without_padding(row: Any) -> Any:
@@ -180,11 +172,11 @@ def count_terms(model: nn.Module, batch: Any) -> int | None:
     labels = _token_labels(fields)
     if labels is None:
         return fields["labels"].shape[0]
-    return int(((labels[:, 1:] if predicts_next_token(model) else labels) != -100).sum())
+    return int(((labels[:, 1:] if shifts_labels(model) else labels) != -100).sum())
 
 
 def _token_labels(fields: Mapping[str, Any]) -> Tensor | None:
-    """Return the labels if they are of tokens."""
+    """Return the labels if there is one for each token."""
     labels = fields.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():  # noqa: PLR2004
         return None
@@ -200,14 +192,14 @@ def summed_loss(model: nn.Module, batch: Any) -> tuple[Tensor, int]:
     Raises:
         LoraInitError: no labels in the batch, no loss in the output, or not a single label term.
     """
-    loss, terms = loss_in(forward(model, batch), model, batch)
+    loss, terms = loss_of_output(forward(model, batch), model, batch)
     if terms == 0:
         raise LoraInitError(f"a calibration batch ({describe(batch)}) has no label that counts: all are -100")
     return loss, terms
 
 
-def loss_in(output: Any, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
-    """Return the summed loss in what a model has made of a batch, NaN without a label term, and their number.
+def loss_of_output(output: Any, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+    """Return the summed loss from a model's output on a batch, NaN without a label term, and the number of terms.
 
     Raises:
         LoraInitError: no labels in the batch, or no loss in the output.
@@ -223,33 +215,33 @@ def loss_in(output: Any, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
 
 
 def position_masks(model: nn.Module, batch: Any, kind: MaskKind) -> dict[str, Tensor]:
-    """Return which positions count, by the side that a layer reads (`lorainit.statistics.positions.side`).
+    """Return masks of the positions that count, by what a layer reads (`lorainit.statistics.positions.side`).
 
-    ``"input"`` is the (encoder's) input, ``"decoder"`` what a decoder reads, ``"encoder"`` what cross-attention makes
-    keys and values of. Positions that are not named by a mask all count. ``kind="labels"`` keeps the positions whose
-    output is scored.
+    ``"input"`` is the (encoder's) input, ``"decoder"`` the decoder's, ``"encoder"`` the encoder's output, of which
+    cross-attention makes keys and values. A side without a mask counts whole. ``kind="labels"`` keeps the positions
+    whose output is scored.
 
     Raises:
         LoraInitError: a mask that does not say of each token whether it counts.
     """
     fields = named_fields(batch)
     attention = _mask(fields, "attention_mask")
-    if is_two_sided(model):
+    if is_encoder_decoder(model):
         found = {"input": attention, "encoder": attention, "decoder": _decoder_mask(fields, attention, kind)}
     else:
         labels = _token_labels(fields) if kind == "labels" else None
         if labels is not None:
             scored = labels != -100
-            if predicts_next_token(model):
+            if shifts_labels(model):
                 scored = torch.cat((scored[:, 1:], torch.zeros_like(scored[:, :1])), dim=1)
-            attention = _both(attention, scored)
-        # there is one side, whatever a layer is called; an encoder's output comes from elsewhere
+            attention = _scored(attention, scored)
+        # one side, whatever a layer is called; the encoder's output of cross-attention comes with a mask of its own
         found = {"input": attention, "decoder": attention, "encoder": _mask(fields, "encoder_attention_mask")}
     return {side: mask for side, mask in found.items() if mask is not None}
 
 
 def _mask(fields: Mapping[str, Any], name: str) -> Tensor | None:
-    """Return a mask of a batch as (rows, tokens); a multiple choice's rows are the answers, as the model makes them."""
+    """Return a mask of a batch as (rows, tokens); in multiple choice every answer is a row, as in the model."""
     mask = fields.get(name)
     if not isinstance(mask, Tensor):
         return None
@@ -266,18 +258,18 @@ def _mask(fields: Mapping[str, Any], name: str) -> Tensor | None:
 
 
 def _decoder_mask(fields: Mapping[str, Any], attention: Tensor | None, kind: MaskKind) -> Tensor | None:
-    """Return which of a decoder's positions count: by its own mask, else those with a label."""
+    """Return the mask of a decoder's positions: its own, else that of the positions with a label."""
     mask, labels = _mask(fields, "decoder_attention_mask"), _token_labels(fields)
     if labels is not None and (mask is None or kind == "labels"):
-        return _both(mask, labels != -100)
+        return _scored(mask, labels != -100)
     if mask is None and attention is not None and not any(str(name).startswith("decoder_") for name in fields):
-        # the decoder then reads the encoder's tokens, behind a first one (BART as a classifier)
+        # the decoder then reads the encoder's tokens, shifted by one (BART as a classifier)
         return torch.cat((torch.ones_like(attention[:, :1]), attention[:, :-1]), dim=1)
     return mask
 
 
-def _both(mask: Tensor | None, scored: Tensor) -> Tensor:
-    """Return which positions are no padding and are scored."""
+def _scored(mask: Tensor | None, scored: Tensor) -> Tensor:
+    """Return the mask of positions that are scored and are no padding."""
     if mask is not None and mask.shape != scored.shape:
         raise LoraInitError(
             f"the mask {list(mask.shape)} and the labels {list(scored.shape)} of a calibration batch differ in shape"
@@ -290,5 +282,5 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {k: to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return _like(batch, (to_device(v, device) for v in batch))
+        return like(batch, (to_device(v, device) for v in batch))
     return batch.to(device) if isinstance(batch, Tensor) else batch

@@ -1,14 +1,14 @@
-"""One pass of the model over the calibration batches for everything that a method needs."""
+"""Collects calibration statistics in one pass of the model over the batches, in groups of layers that fit a budget."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..adapter import switches
 from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
 from ..machine import memory
@@ -16,9 +16,9 @@ from ..machine.processes import ALONE, Processes
 from .batches import iterate
 from .layer import LayerStatistics
 from .lockstep import passes_of
-from .place import COMPUTED, Place
 from .request import Request, Sketch
-from .shards import add_up
+from .shards import all_reduce
+from .storage import ON_DEVICE, Storage
 from .watch import Watch
 
 __all__ = ["Request", "Sketch", "collect", "collect_groups"]
@@ -36,7 +36,7 @@ def collect(
     max_batches: int | None = None,
     memory_budget: int | None = None,
     micro_batch: int | None = None,
-    place: Place = COMPUTED,
+    storage: Storage = ON_DEVICE,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -53,7 +53,7 @@ def collect(
         max_batches: stop after so many.
         memory_budget: bytes that the sums may take at a time; layers go in groups that fit.
         micro_batch: rows that run at a time: less memory for activations, the same sums.
-        place: where the sums live.
+        storage: where the sums are kept.
         processes: those whose data are shards of one whole: the sums are over all of them, the same in each. One that
             has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all. Those
             that hold a model together (FSDP2) run their passes in step, see `lorainit.statistics.lockstep`.
@@ -64,12 +64,19 @@ def collect(
             no token, or whose positions cannot be told from padding, or that does not fit the budget alone.
         NonFiniteError: NaN or infinity; the message names layer and batch.
     """
-    found: dict[str, LayerStatistics] = {}
-    options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget}
-    options |= {"micro_batch": micro_batch, "place": place, "progress": progress, "processes": processes}
-    for _, statistics in collect_groups(model, sites, data, request, **options):
-        found |= statistics
-    return found
+    groups = collect_groups(
+        model,
+        sites,
+        data,
+        request,
+        max_batches=max_batches,
+        memory_budget=memory_budget,
+        micro_batch=micro_batch,
+        storage=storage,
+        processes=processes,
+        progress=progress,
+    )
+    return {name: sums for _, statistics in groups for name, sums in statistics.items()}
 
 
 def collect_groups(
@@ -81,33 +88,20 @@ def collect_groups(
     max_batches: int | None = None,
     memory_budget: int | None = None,
     micro_batch: int | None = None,
-    place: Place = COMPUTED,
+    storage: Storage = ON_DEVICE,
     processes: Processes = ALONE,
     workspace: Workspace = lambda site: 0,
     remarks: list[str] | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
-    """Yield the groups of sites that fit the budget, each with its sums, as `collect` does.
+    """Yield the groups of sites that fit the budget, each with its sums; arguments and errors as of `collect`.
 
-    The experts of a stack stay in one group; their sums come by their names.
+    Two arguments come on top. ``workspace`` tells how many bytes the work on a layer takes beside its sums: they come
+    out of the budget too. ``remarks`` takes what the user should know.
 
-    The next group is only collected when it is asked for: drop the sums of one before that, and no more than the budget
-    is ever held. A group on which memory runs out all the same is split, and the data run again. Beside the arguments
-    of `collect`:
-
-    Args:
-        model: see there.
-        sites: see there.
-        data: see there.
-        request: see there.
-        max_batches: see there.
-        memory_budget: see there; what the work on a layer takes comes out of it, too.
-        micro_batch: see there.
-        place: see there.
-        processes: see there.
-        workspace: bytes that the work on a layer takes beside the sums.
-        remarks: takes what the user should know.
-        progress: see there.
+    The experts of a stack stay in one group; their sums come by their names. The next group is only collected when it
+    is asked for: drop the sums of one before that, and no more than the budget is ever held. A group on which memory
+    runs out all the same is split, and the data run again.
     """
     if micro_batch is not None and micro_batch < 1:
         raise LoraInitError(f"micro_batch must be ≥ 1 or None, got {micro_batch}")
@@ -116,32 +110,47 @@ def collect_groups(
     batches = list(data) if isinstance(data, Iterator) and not once else data
     while pending:
         group = pending.pop(0)
-        parts = [part for site in group for part in site.members]
-        watch = Watch(model, parts, request, place=place)
-        found = None
-        if all(processes.exchange(_run(watch, batches, max_batches, micro_batch, processes, progress))):
-            add_up(watch.statistics, processes, {part.name: part.device for part in parts}, place)
-            found = _finished(watch)
-        if not all(processes.exchange(found is not None)):
-            del watch, found
+        watch = Watch(model, [part for site in group for part in site.members], request, storage=storage)
+        found = _sums(watch, batches, max_batches, micro_batch, processes, progress)
+        del watch
+        if found is None:
             memory.free()
-            if len(group) == 1 or once:
-                raise LoraInitError(
-                    f"memory ran out while the statistics of {len(group)} layers ('{group[0].name}' first) were "
-                    "collected: pass memory_budget, a smaller micro_batch or offload=True, and data that can be "
-                    "iterated more than once"
-                )
-            pending[:0] = [group[: len(group) // 2], group[len(group) // 2 :]]
+            pending[:0] = _split(group, once)
             if remarks is not None:
                 remarks.append(f"memory ran out on a group of {len(group)} layers: it was split and the data run again")
             continue
-        assert found is not None
         yield group, found
-        del found, watch
+        del found
+
+
+def _split(group: list[LoraSite], once: bool) -> list[list[LoraSite]]:
+    """Return the halves of a group on which memory ran out; raise if that cannot help."""
+    if len(group) == 1 or once:
+        raise LoraInitError(
+            f"memory ran out while the statistics of {len(group)} layers ('{group[0].name}' first) were collected: "
+            "pass memory_budget, a smaller micro_batch or offload=True, and data that can be iterated more than once"
+        )
+    return [group[: len(group) // 2], group[len(group) // 2 :]]
+
+
+def _sums(
+    watch: Watch,
+    batches: Iterable[Any],
+    max_batches: int | None,
+    micro_batch: int | None,
+    processes: Processes,
+    progress: bool,
+) -> dict[str, LayerStatistics] | None:
+    """Return the sums over the data of all processes; None where memory ran out in one of them."""
+    found = None
+    if all(processes.exchange(_run(watch, batches, max_batches, micro_batch, processes, progress))):
+        all_reduce(watch.statistics, processes, {site.name: site.device for site in watch.sites}, watch.storage)
+        found = _finished(watch)
+    return found if all(processes.exchange(found is not None)) else None
 
 
 def _finished(watch: Watch) -> dict[str, LayerStatistics] | None:
-    """Return the sums; None where memory runs out on the little that is left to do."""
+    """Return the completed sums; None where memory runs out while they are completed."""
     try:
         return watch.finish()
     except (RuntimeError, MemoryError) as error:
@@ -158,10 +167,10 @@ def _run(
     processes: Processes,
     progress: bool,
 ) -> bool:
-    """Run the model over this process's batches; return False where memory ran out on the way."""
+    """Run the model over this process's batches; return False where memory ran out."""
     device, samples = next(watch.model.parameters()).device, processes.share(watch.request.samples)
     try:
-        with passes_of(watch.model, processes) as passes, base_only(watch.model), watch:
+        with passes_of(watch.model, processes) as passes, switches.evaluation(watch.model), watch:
             found = iterate(batches, max_batches, samples, device, may_be_empty=processes.size > 1)
             bar = tqdm(found, desc="calibration", unit="batch", disable=not progress, leave=False)
             watch.run(bar, passes=passes, micro_batch=micro_batch)
@@ -172,31 +181,8 @@ def _run(
     return True
 
 
-@contextlib.contextmanager
-def base_only(model: nn.Module) -> Iterator[None]:
-    """Switch adapters, training mode and parameter gradients off, and put them back."""
-    layers: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
-    disabled = [m._disable_adapters for m in layers]
-    training = [(m, m.training) for m in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        model.eval()
-        yield
-    finally:
-        for layer, flag in zip(layers, disabled, strict=True):
-            layer._disable_adapters = flag
-        for module, flag in training:
-            module.training = flag
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
 def _groups(sites: list[LoraSite], request: Request, budget: int | None, workspace: Workspace) -> list[list[LoraSite]]:
-    """Split the sites, in order, into groups whose sums fit the budget, beside what the work on one of them takes.
+    """Split the sites, in order, into groups whose sums fit the budget together with the work on one of them.
 
     Sums that layers share are counted as if they did not.
     """

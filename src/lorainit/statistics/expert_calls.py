@@ -1,8 +1,8 @@
-"""What each expert of a stack sees: the products with its weight, found among all that a model computes.
+"""Finds the inputs of each expert in a stack: the products with its weight among all that a model computes.
 
-Experts whose weights are stacked in one parameter are no modules, so there is nothing to hang a hook on. But a product
-with an expert's weight has a view of that parameter as its operand, and where the view lies says whose it is. All else
-that touches a stack is either a view of it again, or something that cannot be watched and is refused.
+Experts whose weights are stacked in one parameter are no modules, so they cannot be hooked. But a product with an
+expert's weight has a view of that parameter as an operand, and the view's address tells which expert it belongs to. All
+other operations on a stack either return a view of it again, or cannot be followed and are refused.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ _PRODUCTS: dict[Any, str] = {
 
 
 @contextlib.contextmanager
-def telling(experts: Sequence[Expert], on_call: OnCall) -> Iterator[None]:
-    """Tell of every product with an expert's weight that the module which holds it computes, in a backward pass too.
+def observing(experts: Sequence[Expert], on_call: OnCall) -> Iterator[None]:
+    """Call back at every product with an expert's weight in the module that holds it, recomputed ones included.
 
     Args:
         experts: all experts of some stacks.
-        on_call: takes the expert, its input and its output, and returns what is to take the output's place, if anything
-            is.
+        on_call: takes the expert, its input and its output; returns a replacement for the output, or None.
 
     Raises, where the model runs:
         UnsupportedLayerError: it computes with a stack in another way.
@@ -50,7 +49,7 @@ def telling(experts: Sequence[Expert], on_call: OnCall) -> Iterator[None]:
     before = [vars(module).get("forward") for module in modules]
     try:
         for module in modules:
-            module.forward = products.among(module.forward)
+            module.forward = products.reporting(module.forward)
         yield
     finally:
         for module, forward in zip(modules, before, strict=True):
@@ -60,12 +59,12 @@ def telling(experts: Sequence[Expert], on_call: OnCall) -> Iterator[None]:
 
 
 class _Products(TorchFunctionMode):
-    """A context in which products with experts' weights are told."""
+    """A context in which products with experts' weights are reported."""
 
     def __init__(self, experts: Sequence[Expert], on_call: OnCall) -> None:
         super().__init__()
         self._on_call, self._running = on_call, False
-        self._experts = {_where(expert.stored_weight().mT): expert for expert in experts}
+        self._experts = {_address(expert.stored_weight().mT): expert for expert in experts}
         if len(self._experts) < len(experts):
             named = {expert.name for expert in self._experts.values()}
             shared = next(expert.name for expert in experts if expert.name not in named)
@@ -78,10 +77,10 @@ class _Products(TorchFunctionMode):
         self._ranges = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, id(stack)) for p, stack in parameters)
         self._dtypes = {p.dtype for p, _ in parameters}
 
-    def among(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function that tells of the products among all that another one computes."""
+    def reporting(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function so that the products among its operations are reported."""
 
-        def told(*args: Any, **kwargs: Any) -> Any:
+        def reported(*args: Any, **kwargs: Any) -> Any:
             if self._running:  # a module of experts inside another one
                 return compute(*args, **kwargs)
             self._running = True
@@ -91,16 +90,16 @@ class _Products(TorchFunctionMode):
             finally:
                 self._running = False
 
-        return told
+        return reported
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute what was to be computed, and tell it if it is an expert's."""
+        """Run an operation, and report it if it is a product with an expert's weight."""
         result = func(*args, **(kwargs or {}))
         stack = next((found for t in _tensors((args, kwargs)) if (found := self._stack_of(t)) is not None), None)
         if stack is None:
             return result
         rows, weight = _operands(func, args, kwargs or {})
-        expert = None if weight is None else self._experts.get(_where(weight))
+        expert = None if weight is None else self._experts.get(_address(weight))
         if expert is not None and rows is not None and self._stack_of(rows) is None:
             replaced = self._on_call(expert, rows, result)
             return result if replaced is None else replaced
@@ -123,7 +122,7 @@ class _Products(TorchFunctionMode):
 
 @contextlib.contextmanager
 def eager_experts(experts: Iterable[Expert]) -> Iterator[None]:
-    """Let Transformers run experts one after the other; elsewhere it runs them as one fused product."""
+    """Let Transformers run experts one after the other instead of as one fused product."""
     configs = {id(c): c for e in experts if hasattr(c := getattr(e.base_layer, "config", None), _IMPLEMENTATION)}
     before = {key: getattr(config, _IMPLEMENTATION) for key, config in configs.items()}
     try:
@@ -138,8 +137,8 @@ def eager_experts(experts: Iterable[Expert]) -> Iterator[None]:
 _IMPLEMENTATION = "_experts_implementation"
 
 
-def _where(matrix: Tensor) -> tuple[Any, ...]:
-    """Return what tells a matrix from every other one in memory."""
+def _address(matrix: Tensor) -> tuple[Any, ...]:
+    """Return address, shape and strides, which identify a matrix in memory."""
     return matrix.data_ptr(), matrix.shape, matrix.stride()
 
 

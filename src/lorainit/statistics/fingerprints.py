@@ -1,4 +1,4 @@
-"""What identifies a model and calibration data: digests of everything that a statistic depends on."""
+"""Identifies a model and calibration data by digests of everything that a statistic depends on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is summed over a layer's inputs: Σxxᵀ or its sketch, Σx, Σ|x|."""
+"""Sums over a layer's inputs: Σxxᵀ or its sketch, Σx, Σ|x|."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 from .._typing import Float, Tensor
 from .layer import LayerStatistics
-from .place import COMPUTED, Place
 from .second_moment import add_second_moment
+from .storage import ON_DEVICE, Storage
 
 
 def add_inputs(
@@ -17,7 +17,7 @@ def add_inputs(
     rows: Float[Tensor, "tokens in"],
     streams: Collection[str],
     test: Float[Tensor, "in k"] | None = None,
-    place: Place = COMPUTED,
+    storage: Storage = ON_DEVICE,
 ) -> None:
     """Add some inputs to a layer's sums.
 
@@ -26,17 +26,17 @@ def add_inputs(
         rows: x, one a row, in the dtype of the sums.
         streams: which sums.
         test: Ω, for ``"input_sketch"``.
-        place: where the sums live.
+        storage: where the sums are kept.
     """
     statistics.tokens += rows.shape[0]
     if "input_second_moment" in streams:
-        add_second_moment(statistics, "input_second_moment", rows, place)
+        add_second_moment(statistics, "input_second_moment", rows, storage)
     if "input_sum" in streams:
-        statistics.add("input_sum", rows.sum(0), place)
+        statistics.add("input_sum", rows.sum(0), storage)
     if "input_magnitude" in streams:
-        statistics.add("input_magnitude", rows.abs().sum(0), place)
+        statistics.add("input_magnitude", rows.abs().sum(0), storage)
     if "input_energy" in streams:
-        statistics.add("input_energy", torch.linalg.vector_norm(rows).square(), place)
+        statistics.add("input_energy", torch.linalg.vector_norm(rows).square(), storage)
     if "input_sketch" in streams:
         assert test is not None
-        statistics.add_product("input_sketch", rows.mT, rows @ test, place)
+        statistics.add_product("input_sketch", rows.mT, rows @ test, storage)

@@ -1,4 +1,4 @@
-"""What is known about one layer after the calibration batches: sums, and how much went into them."""
+"""The statistics of one layer: sums over the calibration data, and the counts that turn them into means."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import TypeVar
 import torch
 
 from .._typing import Float, Tensor
-from .place import COMPUTED, Place
+from .storage import ON_DEVICE, Storage
 
 Result = TypeVar("Result")
 
 
 class Shared:
-    """What was computed from the sums of one input, kept for the other layers that have the same input.
+    """Cache of results computed from the sums of one input, for all layers with that input.
 
-    It lives as long as the statistics of any of them.
+    It is freed with the statistics of the last of them.
     """
 
     def __init__(self) -> None:
         self._results: dict[Hashable, object] = {}
 
     def once(self, key: Hashable, compute: Callable[[], Result]) -> Result:
-        """Return ``compute()``, or what it gave for this key before; the key names all that it depends on."""
+        """Return ``compute()``, or its earlier result under this key; the key names everything that it depends on."""
         if key not in self._results:
             self._results[key] = compute()
         return self._results[key]  # pyright: ignore[reportReturnType]
@@ -35,7 +35,7 @@ class LayerStatistics:
     """Sums over the calibration data for one layer, in float32 or float64; divide by the counts to get means.
 
     Sums, not means, so that shards of the data (batches, processes) add up whatever their sizes. A stream that was not
-    asked for is None. x is a layer input (a token, a patch), g the gradient of the summed loss with respect to the
+    requested is None. x is a layer input (a token, a patch), g the gradient of the summed loss with respect to the
     layer's output at the same position; a convolution's x is the unfolded patch.
 
     Attributes:
@@ -55,7 +55,7 @@ class LayerStatistics:
         gradient_range: G Ω.
         gradient_corange: Ψ G, with Ψᵀ a test matrix of its own.
         sketch_seed: of the test matrices.
-        shared: what layers with this input compute only once.
+        shared: results that layers with this input compute only once.
     """
 
     sequences: int = 0
@@ -76,16 +76,16 @@ class LayerStatistics:
     sketch_seed: int = 0
     shared: Shared = dataclasses.field(default_factory=Shared, repr=False, compare=False)
 
-    def add(self, stream: str, value: Tensor, place: Place = COMPUTED) -> None:
-        """Add to a sum; the first value becomes the sum, in its place."""
+    def add(self, stream: str, value: Tensor, storage: Storage = ON_DEVICE) -> None:
+        """Add to a sum; the first value becomes the sum, where ``storage`` keeps it."""
         held = getattr(self, stream)
-        setattr(self, stream, place.keep(value) if held is None else held.add_(value.to(held.device)))
+        setattr(self, stream, storage.keep(value) if held is None else held.add_(value.to(held.device)))
 
-    def add_product(self, stream: str, left: Tensor, right: Tensor, place: Place = COMPUTED) -> None:
+    def add_product(self, stream: str, left: Tensor, right: Tensor, storage: Storage = ON_DEVICE) -> None:
         """Add ``left @ right`` to a sum, without a temporary of its size where it lies on the same device."""
         held = getattr(self, stream)
         if held is None or held.device != left.device:
-            self.add(stream, left @ right, place)
+            self.add(stream, left @ right, storage)
         else:
             held.addmm_(left, right)
 

@@ -1,4 +1,4 @@
-"""Σ x_p x_fᵀ: the inputs of a layer on one set of batches beside its inputs on another, position by position."""
+"""Collects cross moments Σ x_p x_fᵀ of a layer's inputs on two sets of batches, paired position by position."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..adapter import switches
 from ..adapter.sites import LoraSite
 from ..errors import LoraInitError
 from ..machine.processes import ALONE, Processes
 from .batches import describe, forward, iterate, position_masks
-from .collect import base_only
 from .layer import LayerStatistics
 from .lockstep import Part, Passes, passes_of
-from .place import COMPUTED, Place
-from .positions import counted, input_positions
+from .positions import input_positions, select_counted
 from .request import Request
-from .shards import add_up
+from .shards import all_reduce
+from .storage import ON_DEVICE, Storage
 
 Masks = dict[str, Tensor]
 
@@ -32,7 +32,7 @@ def collect_pairs(
     proxy_data: Iterable[Any],
     request: Request,
     *,
-    place: Place = COMPUTED,
+    storage: Storage = ON_DEVICE,
     processes: Processes = ALONE,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -46,7 +46,7 @@ def collect_pairs(
         data: batches as the model takes them: x_f.
         proxy_data: the batches that they are paired with, each of the same shape: x_p.
         request: for its mask, dtype and number of samples.
-        place: where the sums live.
+        storage: where the sums are kept.
         processes: those whose pairs are shards of one whole, as in `lorainit.statistics.collect.collect`.
         progress: show a progress bar.
 
@@ -58,19 +58,19 @@ def collect_pairs(
     samples, several = processes.share(request.samples), processes.size > 1
     sets = (iterate(batches, None, samples, device, may_be_empty=several) for batches in (data, proxy_data))
     pairs = tqdm(zip_longest(*sets), desc="pairs", unit="batch", disable=not progress, leave=False)
-    with passes_of(model, processes) as passes, base_only(model), torch.no_grad():
-        for pair, masks in passes.each(_whole(model, pairs, request)):
+    with passes_of(model, processes) as passes, switches.evaluation(model), torch.no_grad():
+        for pair, masks in passes.each(_with_masks(model, pairs, request)):
             watched = sites if masks is not None else ()
             both = zip(pair, masks or ({}, {}), strict=True)
             seen = [_inputs(model, watched, batch, mask, request, passes) for batch, mask in both]
             if masks is not None:
-                passes.attempt(_add, found, pair, *seen, place)
-    add_up(found, processes, {site.name: site.device for site in sites}, place)
+                passes.attempt(_add, found, pair, *seen, storage)
+    all_reduce(found, processes, {site.name: site.device for site in sites}, storage)
     return found
 
 
-def _whole(model: nn.Module, pairs: Iterable[tuple[Any, Any]], request: Request) -> Iterator[Part[list[Masks]]]:
-    """Yield the pairs, and which positions of each of the two batches count."""
+def _with_masks(model: nn.Module, pairs: Iterable[tuple[Any, Any]], request: Request) -> Iterator[Part[list[Masks]]]:
+    """Yield the pairs, each with the masks of its two batches."""
     for pair in pairs:
         if any(batch is None for batch in pair):
             raise LoraInitError("data and proxy_data are to be paired, but one of them has more batches")
@@ -85,18 +85,18 @@ def _inputs(
     request: Request,
     passes: Passes,
 ) -> dict[str, list[Tensor]]:
-    """Return each layer's inputs in a pass over a batch, a position a row."""
+    """Return each layer's inputs in a pass over a batch, one position a row."""
     seen: dict[str, list[Tensor]] = {site.name: [] for site in sites}
 
     def add(site: LoraSite, x: Tensor) -> None:
-        seen[site.name].append(counted(site, input_positions(site, x), x, masks).to(request.dtype))
+        seen[site.name].append(select_counted(site, input_positions(site, x), x, masks).to(request.dtype))
 
     def hook(site: LoraSite) -> Any:
         return lambda module, inputs: passes.attempt(add, site, inputs[0])
 
     handles = [site.base_layer.register_forward_pre_hook(hook(site)) for site in sites]
     try:
-        with passes.one():
+        with passes.running():
             forward(model, batch)
     finally:
         for handle in handles:
@@ -109,7 +109,7 @@ def _add(
     pair: tuple[Any, Any],
     after: dict[str, list[Tensor]],
     before: dict[str, list[Tensor]],
-    place: Place,
+    storage: Storage,
 ) -> None:
     """Add the inputs on a batch of the data and on its pair to the sums."""
     for name, sums in found.items():
@@ -123,6 +123,6 @@ def _add(
                 f"{y.shape[0]} in its pair ({describe(pair[1])})"
             )
         sums.tokens += y.shape[0]
-        sums.add("input_sum", y.sum(0), place)
-        sums.add_product("input_second_moment", y.mT, y, place)
-        sums.add_product("cross_second_moment", y.mT, x, place)
+        sums.add("input_sum", y.sum(0), storage)
+        sums.add_product("input_second_moment", y.mT, y, storage)
+        sums.add_product("cross_second_moment", y.mT, x, storage)

@@ -1,4 +1,4 @@
-"""What a method asks the calibration pass for."""
+"""Requests: the statistics that a method asks the calibration pass for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INPUT_STREAMS = frozenset({"input_second_moment", "input_sum", "input_magnitude"
 WEIGHT_GRADIENT_STREAMS = frozenset({"weight_gradient", "odd_weight_gradient", "gradient_range", "gradient_corange"})
 GRADIENT_STREAMS = WEIGHT_GRADIENT_STREAMS | {"output_gradient_squares", "output_gradient_second_moment"}
 
-ERROR_ROWS = 10  # of the sketch of a gradient: they are kept out of the solution and tell its error
+ERROR_ROWS = 10  # of a gradient's sketch: left out of the solution, they estimate its error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Sketch:
         return self.per_rank * site.rank + self.extra
 
     def rows(self, site: LoraSite) -> int:
-        """Return l, the rows of the second sketch of a gradient: 2k + 1 to solve with, and those that check it.
+        """Return l, the rows of the second sketch of a gradient: 2k + 1 to solve with, and some to estimate the error.
 
         Twice as many as columns is what balances the two errors (Tropp et al. 2017, arXiv:1609.00048, section 4.5).
         """
@@ -47,7 +47,7 @@ class Sketch:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to collect.
+    """The statistics to collect, and over which positions and loss.
 
     Attributes:
         streams: fields of `LayerStatistics`.
@@ -79,14 +79,14 @@ class Request:
         return dataclasses.replace(self, sketch=dataclasses.replace(self.sketch, seed=seed))
 
     def streams_of(self, site: LoraSite) -> frozenset[str]:
-        """Return what is collected for one layer: its streams, sketched where the request says so."""
+        """Return the streams of one layer, sketched where the request says so."""
         streams, sketch = self.streams, self.sketch
         if sketch is None:
             return streams
         n, m = site.in_features, site.out_features
         if "input_second_moment" in streams and n >= sketch.at_least * sketch.columns(site):
             streams = streams - {"input_second_moment"} | {"input_sketch", "input_energy"}
-        # the longer one of both sketches is the one that must be worth it
+        # the longer one of both sketches has to pay off
         if "weight_gradient" in streams and min(n, m) >= sketch.at_least * sketch.rows(site):
             streams = streams - {"weight_gradient"} | {"gradient_range", "gradient_corange"}
         return streams

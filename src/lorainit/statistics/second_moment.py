@@ -1,22 +1,22 @@
-"""Σ v vᵀ over rows v, of the layer's inputs or of its output gradients: half of the products, the rest by symmetry."""
+"""Sums Σ v vᵀ over rows v: half of the entries are computed, the others follow by symmetry."""
 
 from __future__ import annotations
 
 from .._typing import Float, Tensor
 from .layer import LayerStatistics
-from .place import COMPUTED, Place
+from .storage import ON_DEVICE, Storage
 
-_BLOCK = 256  # rows of the sum that are added to at a time: (1 + block/n)/2 of the products of a full one
+_BLOCK = 256  # rows of the sum that are updated at a time: (1 + block/n)/2 of all products are computed
 
 
 def add_second_moment(
-    statistics: LayerStatistics, stream: str, rows: Float[Tensor, "tokens n"], place: Place = COMPUTED
+    statistics: LayerStatistics, stream: str, rows: Float[Tensor, "tokens n"], storage: Storage = ON_DEVICE
 ) -> None:
     """Add ``rowsᵀ rows`` to the lower triangle of a sum (and some of the upper one); `mirror` completes it."""
     n = rows.shape[1]
     held = getattr(statistics, stream)
     if held is None:
-        held = place.zeros((n, n), rows.dtype, rows.device)
+        held = storage.zeros((n, n), rows.dtype, rows.device)
         setattr(statistics, stream, held)
     if held.device != rows.device:
         held.add_((rows.mT @ rows).to(held.device))

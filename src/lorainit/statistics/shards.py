@@ -1,4 +1,4 @@
-"""Sums over the shards of several processes: what each has collected, added up in place."""
+"""Adds up the sums that several processes have collected over their shards of the data, in place."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..machine.processes import Processes
 from .layer import LayerStatistics, Shared
-from .place import COMPUTED, Place
 from .request import INPUT_STREAMS
+from .storage import ON_DEVICE, Storage
 
 _COUNTS = ("sequences", "tokens", "labels")
 
 
 class _Layer(NamedTuple):
-    """What a process tells of a layer's sums.
+    """Description of a layer's sums in one process.
 
     Attributes:
         counts: sequences, tokens, labels.
@@ -31,13 +31,13 @@ class _Layer(NamedTuple):
     leader: str | None
 
 
-def add_up(
+def all_reduce(
     statistics: Mapping[str, LayerStatistics],
     processes: Processes,
     devices: Mapping[str, torch.device],
-    place: Place = COMPUTED,
+    storage: Storage = ON_DEVICE,
 ) -> None:
-    """Replace the sums of every layer by those over all processes, also where this one has seen no token of it.
+    """Replace the sums of every layer by those over all processes, also where this process has seen no token of it.
 
     Layers share their input sums where they do so in every process that has any.
 
@@ -45,28 +45,30 @@ def add_up(
         statistics: the sums by layer name, for the same layers in every process.
         processes: the processes.
         devices: where the sums of a layer are computed.
-        place: where they live.
+        storage: where they are kept.
     """
     if processes.size == 1:
         return
-    everyone: list[dict[str, _Layer]] = processes.exchange(_described(statistics))
+    by_process: list[dict[str, _Layer]] = processes.exchange(_described(statistics))
     units: dict[tuple[object, str], Tensor] = {}  # each sum once
     taken: set[int] = set()
     shared: dict[object, Shared] = {}
     for name, sums in statistics.items():
-        told = [layers[name] for layers in everyone]
+        described = [layers[name] for layers in by_process]
         for count in _COUNTS:
-            setattr(sums, count, sum(layer.counts[count] for layer in told))
-        same_input = tuple(layer.leader for layer in told)
+            setattr(sums, count, sum(layer.counts[count] for layer in described))
+        same_input = tuple(layer.leader for layer in described)
         sums.shared = shared.setdefault(same_input, Shared())
-        for stream, (shape, dtype) in sorted({s: kind for layer in told for s, kind in layer.sums.items()}.items()):
+        for stream, (shape, dtype) in sorted(
+            {s: kind for layer in described for s, kind in layer.sums.items()}.items()
+        ):
             unit = (same_input if stream in INPUT_STREAMS else name, stream)
             if unit not in units:
                 own = getattr(sums, stream)
                 if own is None:
-                    own = place.zeros(shape, dtype, devices[name])
+                    own = storage.zeros(shape, dtype, devices[name])
                 elif id(own) in taken:  # shared here, but not everywhere
-                    own = place.zeros(shape, dtype, devices[name]).copy_(own)
+                    own = storage.zeros(shape, dtype, devices[name]).copy_(own)
                 units[unit] = own
                 taken.add(id(own))
             setattr(sums, stream, units[unit])

@@ -1,7 +1,7 @@
-"""Statistics on disk: collected once, solved again with other ranks or options without running the model.
+"""Saves statistics and loads them, so that other ranks or options can be solved without running the model.
 
-One safetensors file: every sum once, and a header (JSON) that says of which model, data and layers.
-A file is written under another name and renamed, so that it is whole or not there. Whatever does not fit is refused.
+One safetensors file: every sum once, and a header (JSON) with the model, the data and the layers. A file is written
+under another name and renamed, so that it is complete or absent. A file that does not fit is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .request import Request
 
 _FORMAT = 1
 _COUNTS = ("sequences", "tokens", "labels", "sketch_seed")
-_WHOLE = {
+_FULL_SUM = {
     "input_sketch": "input_second_moment",
     "input_energy": "input_second_moment",
     "gradient_range": "weight_gradient",
@@ -38,7 +38,7 @@ _WHOLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What sums are of.
+    """The model and the data that sums were collected from.
 
     Attributes:
         model: `lorainit.statistics.fingerprints.model_fingerprint`.
@@ -50,7 +50,7 @@ class Origin:
 
 
 def save(path: Path, statistics: Mapping[str, LayerStatistics], request: Request, origin: Origin) -> None:
-    """Write the sums of some layers to a file, at once: a process that is killed leaves the old file, or none."""
+    """Write the sums of some layers to a file atomically: a process that is killed leaves the old file, or none."""
     tensors: dict[str, Tensor] = {}
     keys: dict[int, str] = {}
     layers: dict[str, Any] = {}
@@ -111,7 +111,7 @@ def collect_cached(
     processes: Processes = ALONE,
     **options: Any,
 ) -> tuple[dict[str, LayerStatistics], dict[str, Any]]:
-    """Return the sums from a cache, or collect and save them; and where they come from, for the report.
+    """Return the sums from a cache, or collect and save them; and their origin for the report.
 
     Args:
         model: the model that holds the sites.
@@ -159,11 +159,11 @@ def _covering(
 
 
 class _NotCovered(LoraInitError):
-    """A sound file that does not hold what is asked for."""
+    """An intact file that lacks some of the requested sums."""
 
 
 def _described(request: Request) -> dict[str, Any]:
-    """Return what two requests must agree on for one's sums to serve the other."""
+    """Return the part of a request in which two must agree for one's sums to serve the other."""
     return {
         "loss": request.loss,
         "mask": request.mask,
@@ -220,7 +220,7 @@ def _read(
         sums.shared = leaders.setdefault(layer["input"], sums).shared
         unseen = site.is_routed and sums.tokens == 0
         for stream, size in {} if unseen else _needed(site, request).items():
-            wanted = stream if stream in layer["streams"] else _WHOLE.get(stream)
+            wanted = stream if stream in layer["streams"] else _FULL_SUM.get(stream)
             if wanted is None or wanted not in layer["streams"]:
                 raise _NotCovered(f"the statistics in '{path}' lack '{stream}' of layer '{site.name}'")
             key = layer["streams"][wanted]
@@ -237,7 +237,7 @@ def _read(
 
 
 def _check_sum(path: Path, site: LoraSite, stream: str, value: Tensor, request: Request) -> None:
-    """Raise unless a sum is one of this layer; how long a sketch is `_check_sketch` says."""
+    """Raise unless a sum has the dtype and shape of this layer's; `_check_sketch` checks the length of a sketch."""
     n, m = site.in_features, site.out_features
     shapes = {"input_sketch": (n, -1), "gradient_range": (m, -1), "gradient_corange": (-1, n), "input_energy": ()}
     shapes |= {"input_second_moment": (n, n), "cross_second_moment": (n, n), "input_sum": (n,), "input_magnitude": (n,)}

@@ -1,8 +1,8 @@
-"""Hooks on a group of layers, and the sums they fill while batches run.
+"""Hooks a group of layers and adds up their sums while batches run.
 
-The hooks see each layer's input x and, where gradients are asked for, the gradient g at its output. What the weight
-gradient contributes is formed in the hook, so no parameter needs ``requires_grad`` and no ``.grad`` ever exists; the
-backward carries activation gradients only, from the loss down to the first layer that is asked for.
+The hooks see each layer's input x and, where gradients are requested, the gradient g at its output. A layer's share of
+the weight gradient is computed in the hook, so no parameter needs ``requires_grad`` and no ``.grad`` ever exists; the
+backward carries activation gradients only, from the loss down to the first layer of the group.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -27,27 +27,28 @@ from .batches import (
     count_terms,
     describe,
     forward,
-    loss_in,
+    loss_of_output,
     position_masks,
     split_rows,
     without_padding,
 )
-from .expert_calls import eager_experts, telling
+from .expert_calls import eager_experts, observing
 from .inputs import add_inputs
 from .layer import LayerStatistics
+from .layout import Layout, find_layouts
 from .lockstep import Part, Passes
 from .output_gradients import add_output_gradients
-from .place import COMPUTED, Place
-from .positions import counted, geometry, input_positions, output_positions
+from .positions import geometry, input_positions, output_positions, select_counted, side
 from .request import INPUT_STREAMS, WEIGHT_GRADIENT_STREAMS, Request
 from .second_moment import mirror
+from .storage import ON_DEVICE, Storage
 from .weight_gradients import add_weight_gradient
 
 
 class _Input:
-    """One input tensor, for all layers that receive it; what they compute from it is computed once.
+    """An input tensor, for all layers that receive it; its rows and their sketch are computed once.
 
-    The tensor is only held where a gradient will come back to it: a forward pass is to free it as it would without us.
+    The tensor is only held where a gradient will need it: a forward pass frees it as it would without the hooks.
     """
 
     def __init__(self, site: LoraSite, x: Tensor, dtype: torch.dtype, *, hold: bool) -> None:
@@ -72,7 +73,7 @@ class _Input:
 
 
 class _Counts(NamedTuple):
-    """What is to be known about a part of the data to count it.
+    """How a part of a batch is counted.
 
     Attributes:
         rows: how many it has.
@@ -95,8 +96,10 @@ class Watch:
         statistics: the sums by layer name; complete after `finish`.
     """
 
-    def __init__(self, model: nn.Module, sites: list[LoraSite], request: Request, *, place: Place = COMPUTED) -> None:
-        self.model, self.sites, self.request, self.place = model, sites, request, place
+    def __init__(
+        self, model: nn.Module, sites: list[LoraSite], request: Request, *, storage: Storage = ON_DEVICE
+    ) -> None:
+        self.model, self.sites, self.request, self.storage = model, sites, request, storage
         self._passes = Passes()
         seed = request.sketch.seed if request.sketch else 0
         self.statistics = {site.name: LayerStatistics(sketch_seed=seed) for site in sites}
@@ -114,19 +117,22 @@ class Watch:
         self._calls: Counter[str] = Counter()
         self._calls_at_first: Counter[str] = Counter()
         self._in_backward = False
+        self._layouts: dict[str, Layout] = {}
+        self._rows_of_layouts = 0  # in the batch that they were found with: none, one, or more
+        self._idle = False  # the model runs for something else than the sums
 
     def __enter__(self) -> Watch:
-        """Attach the hooks, and listen for what the experts compute."""
+        """Attach the hooks, also those on the products of experts."""
         for site in self.sites:
             if not isinstance(site, Expert):
                 self._attached.callback(site.base_layer.register_forward_hook(self._hook(site)).remove)
         if self._experts:
             self._attached.enter_context(eager_experts(self._experts))
-            self._attached.enter_context(telling(self._experts, self._observe))
+            self._attached.enter_context(observing(self._experts, self._observe))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove them."""
+        """Remove the hooks."""
         self._attached.close()
 
     def run(
@@ -141,10 +147,10 @@ class Watch:
 
         Args:
             batches: as the model takes them.
-            passes: how the model runs; default: it is all here.
+            passes: how the model runs; default: this process holds it whole.
             loss_function: (model, batch) -> (summed loss, number of terms); default: the model's own loss.
-            micro_batch: so many rows at a time; None: the whole batch. One row where the loss is a mean over rows, or
-                where it has to be known which row, or which padding, a token that an expert sees comes from.
+            micro_batch: so many rows at a time; None: the whole batch. One row at a time where the loss is a mean over
+                rows, or where the row or the padding of an expert's tokens has to be known.
 
         Raises:
             LoraInitError: a batch that the model refuses or that has no labels, positions that cannot be told apart.
@@ -160,7 +166,7 @@ class Watch:
             if self.request.needs_gradients and (self._counts.gradients or self._passes.in_step):
                 self._forward_backward(part, loss_function)
             else:
-                with torch.no_grad(), contextlib.suppress(_LastLayerSeen), self._passes.one():
+                with torch.no_grad(), contextlib.suppress(_LastLayerSeen), self._passes.running():
                     forward(self.model, part)
             self._calls_at_first = self._calls_at_first or self._calls.copy()
             for statistics in self.statistics.values():
@@ -169,9 +175,10 @@ class Watch:
             self._inputs.clear()
 
     def _parts(self, batches: Iterable[Any], micro_batch: int | None) -> Iterator[Part[_Counts]]:
-        """Yield the batches in parts that run at a time; raise if one that has run was not finite."""
+        """Yield the batches in parts that run at a time; raise if the statistics of one were not finite."""
         for batch in batches:
             self._batch += 1
+            self._find_layouts(batch)
             # a part of a batch may have no label that counts, as long as the batch has one: its gradient is zero
             whole = self.request.loss == "sequence_mean" or not count_terms(self.model, batch)
             for part in self._split(batch, micro_batch):
@@ -182,12 +189,34 @@ class Watch:
 
     def _split(self, batch: Any, micro_batch: int | None) -> list[Any]:
         """Return the parts of a batch that run at a time."""
-        masks = position_masks(self.model, batch, "attention") if self._routed else {}
-        padded = "input" in masks and not bool(masks["input"].all())
-        by_row = self._routed and "odd_weight_gradient" in self.request.streams
+        other = self._routed or "other" in self._layouts.values()
+        masks = position_masks(self.model, batch, "attention") if other else {}
+        padded = any(not bool(mask.all()) for mask in masks.values())
+        by_row = other and "odd_weight_gradient" in self.request.streams
         size = 1 if padded or by_row or self.request.loss == "sequence_mean" else micro_batch
-        parts = [batch] if size is None else split_rows(batch, size)
+        parts = [batch] if size is None else split_rows(batch, size, self.model)
         return [without_padding(part) for part in parts] if padded else parts
+
+    def _find_layouts(self, batch: Any) -> None:
+        """Find how the layers' positions lie, once it matters: where there is padding, or rows are to be told apart.
+
+        One row does not show in which order several lie. Processes that run the same passes go by the shapes.
+        """
+        rows = min(count_rows(batch), 2)
+        if self._passes.in_step or rows <= self._rows_of_layouts:
+            return
+        masks = position_masks(self.model, batch, self.request.mask)
+        if all(bool(mask.all()) for mask in masks.values()) and "odd_weight_gradient" not in self.request.streams:
+            return
+        sites = [site for site in self.sites if not isinstance(site, Expert)]
+        named = {site.name: masks.get(side(site.name)) for site in sites}
+        tokens = {name: mask.numel() // count_rows(batch) for name, mask in named.items() if mask is not None}
+        self._idle = True
+        try:
+            self._layouts = find_layouts(self.model, sites, batch, tokens)
+        finally:
+            self._idle = False
+        self._rows_of_layouts = rows
 
     def finish(self) -> dict[str, LayerStatistics]:
         """Complete the sums and hand them over.
@@ -232,10 +261,10 @@ class Watch:
             raise NonFiniteError(f"batch {self._batch}: the loss is {float(loss)}")
         if not loss.requires_grad:
             raise LoraInitError("the loss does not depend on any layer that is to be started")
-        self._passes.meet()
+        self._passes.synchronize()
         self._in_backward = True
         try:
-            with self._passes.one():
+            with self._passes.running():
                 (loss / terms if self.request.loss == "sequence_mean" else loss).backward()
         finally:
             self._in_backward = False
@@ -244,19 +273,19 @@ class Watch:
 
     def _loss(self, batch: Any) -> tuple[Tensor, int]:
         """Return the model's own summed loss, and the number of its terms."""
-        with self._passes.one():
+        with self._passes.running():
             output = forward(self.model, batch)
-        return loss_in(output, self.model, batch)
+        return loss_of_output(output, self.model, batch)
 
     def _hook(self, site: LoraSite) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            return self._observe(site, inputs[0], output)
+            return None if self._idle else self._observe(site, inputs[0], output)
 
         return hook
 
     def _observe(self, site: LoraSite, x: Tensor, output: Tensor) -> Tensor | None:
         """Add a layer's input to its sums; return the output with a hook for its gradient, if that is asked for."""
-        seen = self._passes.attempt(self._see, site, x) if self._counts is not _NOTHING else None
+        seen = self._attempt(self._add_and_record, site, x) if self._counts is not _NOTHING else None
         if self._is_last_call():
             raise _LastLayerSeen
         if not (self.request.needs_gradients and torch.is_grad_enabled()):
@@ -266,19 +295,24 @@ class Watch:
         result = output if output.requires_grad else output.detach().requires_grad_().clone()
         keep = seen if self._streams[site.name] & WEIGHT_GRADIENT_STREAMS else None
         if self._counts.gradients:
-            result.register_hook(lambda gradient: self._passes.attempt(self._add_gradient, site, keep, gradient))
+            result.register_hook(lambda gradient: self._attempt(self._add_gradient, site, keep, gradient))
         return result
 
-    def _see(self, site: LoraSite, x: Tensor) -> _Input:
-        """Add an input that a layer gets, and return it."""
-        seen = self._seen(site, x)
+    def _attempt(self, work: Callable[..., Any], site: LoraSite, *args: Any) -> Any:
+        """Work on sums within a pass, outside the autocast that the pass may run in."""
+        with torch.autocast(site.device.type, enabled=False):
+            return self._passes.attempt(work, site, *args)
+
+    def _add_and_record(self, site: LoraSite, x: Tensor) -> _Input:
+        """Add an input of a layer to its sums, and return its record."""
+        seen = self._record_of(site, x)
         if not self._in_backward:  # a checkpointed block runs again there: its inputs are counted already
             self._add_input(site, seen, x)
             self._calls[site.name] += 1
         return seen
 
-    def _seen(self, site: LoraSite, x: Tensor) -> _Input:
-        """Return what is known about an input: the very object, if another layer has got the same tensor."""
+    def _record_of(self, site: LoraSite, x: Tensor) -> _Input:
+        """Return the record of an input tensor, the same for all layers that receive it."""
         found = self._known[id(x)]() if id(x) in self._known else None
         if found is None or found.tensor() is not x or found.geometry != geometry(site):
             hold = bool(self._streams[site.name] & WEIGHT_GRADIENT_STREAMS) and torch.is_grad_enabled()
@@ -298,7 +332,7 @@ class Watch:
         return len(first) == len(self.sites) and self._calls == first
 
     def _add_input(self, site: LoraSite, seen: _Input, x: Tensor) -> None:
-        """Add a layer's input to its sums, or take over its leader's: the first layer that got the very same tensor."""
+        """Add a layer's input to its sums, or share the sums of its leader, the first layer with the same tensor."""
         statistics, streams = self.statistics[site.name], self._streams[site.name]
         if site.name not in self._leader:
             same = (name for name, other in self._inputs.items() if other is seen and self._can_lead(name, site))
@@ -311,13 +345,14 @@ class Watch:
                 setattr(statistics, stream, getattr(self.statistics[leader], stream))
             return
         self._inputs[site.name] = seen
-        rows = counted(site, input_positions(site, x.detach()), x, self._counts.masks).to(self.request.dtype)
+        every = input_positions(site, x.detach())
+        rows = select_counted(site, every, x, self._counts.masks, self._layouts.get(site.name)).to(self.request.dtype)
         self._sizes.append((site.name, "its inputs", rows.sum()))
         test = self._test("in", site) if "input_sketch" in streams else None
-        add_inputs(statistics, rows, streams, test, self.place)
+        add_inputs(statistics, rows, streams, test, self.storage)
 
     def _can_lead(self, name: str, site: LoraSite) -> bool:
-        """Say whether a layer collects what another one with the same input needs: the same streams and sketch."""
+        """Say whether two layers with the same input can share its sums: they have the same streams and sketch."""
         other = next(s for s in self.sites if s.name == name)
         sketch = self.request.sketch
         alike = sketch is None or sketch.columns(other) == sketch.columns(site)
@@ -329,17 +364,19 @@ class Watch:
         every = output_positions(site, gradient).to(dtype)
         self._sizes.append((site.name, "its output gradient", every.sum()))
         if streams & {"output_gradient_squares", "output_gradient_second_moment"}:
-            add_output_gradients(statistics, counted(site, every, gradient, self._counts.masks), streams, self.place)
+            rows = select_counted(site, every, gradient, self._counts.masks, self._layouts.get(site.name))
+            add_output_gradients(statistics, rows, streams, self.storage)
         if seen is None:
             return
         options: dict[str, Any] = {}
         if "odd_weight_gradient" in streams:
             odd = (torch.arange(self._counts.rows, device=every.device) + self._row) % 2 == 1
-            options["odd"] = odd.repeat_interleave(every.shape[0] // self._counts.rows)
+            by_row, each = self._layouts.get(site.name) != "tokens first", every.shape[0] // self._counts.rows
+            options["odd"] = odd.repeat_interleave(each) if by_row else odd.repeat(each)
         if "gradient_range" in streams:
             options["projected"] = seen.projected(self._test("in", site))
             options["test_out"] = self._test("out", site)
-        add_weight_gradient(statistics, every, seen.rows(), streams, place=self.place, **options)
+        add_weight_gradient(statistics, every, seen.rows(), streams, storage=self.storage, **options)
 
     def _test(self, side: Any, site: LoraSite) -> Tensor:
         """Return the test matrix of a layer's inputs, or of its outputs."""

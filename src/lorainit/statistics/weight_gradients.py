@@ -1,4 +1,4 @@
-"""The weight gradient G = Σ g xᵀ, from inputs and output gradients: whole, of every second row, or as two sketches."""
+"""Sums weight gradients G = Σ g xᵀ from inputs and output gradients: whole, of every second row, or as two sketches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from .._typing import Float, Tensor
 from .layer import LayerStatistics
-from .place import COMPUTED, Place
+from .storage import ON_DEVICE, Storage
 
 
 def add_weight_gradient(
@@ -18,9 +18,9 @@ def add_weight_gradient(
     odd: Tensor | None = None,
     projected: Float[Tensor, "tokens k"] | None = None,
     test_out: Float[Tensor, "out l"] | None = None,
-    place: Place = COMPUTED,
+    storage: Storage = ON_DEVICE,
 ) -> None:
-    """Add the share of some positions to a layer's weight gradient, or to its sketches: those never form G.
+    """Add the share of some positions to a layer's weight gradient, or to its sketches without forming G.
 
     Args:
         statistics: the sums.
@@ -30,16 +30,16 @@ def add_weight_gradient(
         odd: which positions belong to the odd rows of the data, for ``"odd_weight_gradient"``.
         projected: x Ω, for ``"gradient_range"``: GΩ = Σ g (xᵀΩ).
         test_out: Ψᵀ, for ``"gradient_corange"``: ΨG = Σ (Ψg) xᵀ.
-        place: where the sums live.
+        storage: where the sums are kept.
     """
     if "weight_gradient" in streams:
-        statistics.add_product("weight_gradient", gradients.mT, inputs, place)
+        statistics.add_product("weight_gradient", gradients.mT, inputs, storage)
     if "odd_weight_gradient" in streams:
         assert odd is not None
-        statistics.add_product("odd_weight_gradient", gradients[odd].mT, inputs[odd], place)
+        statistics.add_product("odd_weight_gradient", gradients[odd].mT, inputs[odd], storage)
     if "gradient_range" in streams:
         assert projected is not None
-        statistics.add_product("gradient_range", gradients.mT, projected, place)
+        statistics.add_product("gradient_range", gradients.mT, projected, storage)
     if "gradient_corange" in streams:
         assert test_out is not None
-        statistics.add_product("gradient_corange", (gradients @ test_out).mT, inputs, place)
+        statistics.add_product("gradient_corange", (gradients @ test_out).mT, inputs, storage)

@@ -1,1 +1,1 @@
-"""Tables of published experiments: their rows carried out through `lorainit train`, beside what was printed."""
+"""Repeats published tables: carries out their rows as `lorainit train` does, and shows them beside what was printed."""

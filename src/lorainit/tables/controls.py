@@ -1,4 +1,4 @@
-"""Starts that tell what a start trained beforehand is worth: a gain could be the teacher's, or mere size."""
+"""Defines the controls for a start that was trained beforehand: its gain could be the teacher's, or due to its size."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..saving.folder import PREFIX, read_adapter
 
 @dataclasses.dataclass(frozen=True)
 class Continue(Method):
-    """The factors of a trained adapter, to be trained on; heads are fresh, as everywhere.
+    """Starts with the factors of a trained adapter; heads are fresh, as in every other run.
 
     Attributes:
-        folder: where the adapter lies; of the same rank.
+        folder: of the adapter, which has the same rank.
     """
 
     folder: str = ""
@@ -43,10 +43,10 @@ class Continue(Method):
 
 @dataclasses.dataclass(frozen=True)
 class RandomB(Method):
-    """Kaiming's A, and a normal B scaled so that ‖sBA‖ = size·‖W‖.
+    """Starts with Kaiming's A and a normal B that is scaled so that ‖sBA‖ = size·‖W‖.
 
     Attributes:
-        sizes: {layer: size}, such as the drift that a report of ABM-LoRA tells.
+        sizes: {layer: size}, such as the drift in a report of ABM-LoRA.
     """
 
     sizes: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a table's adapters are asked beside their task's own metrics: the benchmarks of ``lorainit evaluate``."""
+"""Runs the benchmarks of ``lorainit evaluate`` on a table's adapters, beside their task's own metrics."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import LoraInitError
 from ..evaluation import alpaca_eval, gsm8k, mt_bench
+from ..grids.parsing import parse
 
 _BENCHMARKS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "mt-bench": (mt_bench.MTBench, mt_bench.run),
@@ -26,7 +27,7 @@ def check_evaluation(name: str, fields: Mapping[str, Any]) -> None:
 
 
 def evaluate(name: str, fields: Mapping[str, Any], model: Mapping[str, str], output: Path) -> dict[str, Any]:
-    """Let what a run has trained answer a benchmark.
+    """Run a benchmark on what a run has trained.
 
     Args:
         name: of the benchmark, as ``lorainit evaluate`` calls it.
@@ -35,8 +36,8 @@ def evaluate(name: str, fields: Mapping[str, Any], model: Mapping[str, str], out
         output: folder of replies and verdicts; those that are there are not asked for again.
 
     Returns:
-        ``metrics``, {"NAME METRIC": number, or None without one}; and ``told``, what else the benchmark says of its
-        replies and verdicts.
+        ``metrics``, {"NAME METRIC": number, or None where there is none}; and ``kept``, the benchmark's own metrics and
+        counts of replies and verdicts.
 
     Raises:
         LoraInitError: wrong options or data, a judge that is out of reach, or requests that got no reply.
@@ -50,36 +51,35 @@ def evaluate(name: str, fields: Mapping[str, Any], model: Mapping[str, str], out
             f"evaluations: {name}: {missing['unanswered']} requests got no reply, such as '{reason}'; what there is is "
             "kept, the same command goes on"
         )
-    told = {key: result[key] for key in ("metrics", "replies", "usage")} | {"unparsable": missing["unparsable"]}
-    return {"metrics": metrics, "told": told}
+    kept = {key: result[key] for key in ("metrics", "replies", "usage")} | {"unparsable": missing["unparsable"]}
+    return {"metrics": metrics, "kept": kept}
 
 
 def answering(model: str, trained: str, folder: Path) -> dict[str, str]:
-    """Return which model answers, with which adapter: what a run of a recipe with ``adapter=trained`` leaves there."""
+    """Return the model and the adapter that a run has left in its folder.
+
+    Args:
+        model: the base model.
+        trained: the recipe's ``adapter``; ``"none"`` for a run that trains all weights.
+        folder: of the run.
+    """
     return (
         {"model": str(folder / "model")} if trained == "none" else {"model": model, "adapter": str(folder / "adapter")}
     )
 
 
 def _options(name: str, fields: Mapping[str, Any], model: Mapping[str, str], output: Path) -> Any:
-    from jsonargparse import ArgumentError, ArgumentParser
-
+    """Return the options of a benchmark, checked."""
     if name not in _BENCHMARKS:
         raise LoraInitError(f"evaluations: there is no '{name}', only {list(_BENCHMARKS)}")
     kind = _BENCHMARKS[name][0]
     own = [field for field in ("model", "adapter", "output") if field in fields]
     if own:
         raise LoraInitError(f"evaluations: {name}: {own} are the run's own")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, as_group=False)
-    try:
-        given: Any = parser.instantiate_classes(parser.parse_object({**fields, **model, "output": str(output)}))
-    except ArgumentError as error:
-        raise LoraInitError(f"evaluations: {name}: {' '.join(str(error).split())}") from error
-    return kind(**vars(given))
+    return parse(kind, {**fields, **model, "output": str(output)}, f"evaluations: {name}")
 
 
 def _number(value: Any) -> float | None:
-    """Return a metric as a number: of a mean its value; None where there is only a reason why there is none."""
+    """Return a metric as a number; None where the benchmark has only a reason why there is none."""
     value = value.get("value") if isinstance(value, dict) else value
     return None if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""What there is of a table's results, and which runs are still wanted."""
+"""Reads the results of a table, and decides which runs are still wanted."""
 
 from __future__ import annotations
 
@@ -6,44 +6,45 @@ import statistics
 from typing import Any
 
 from ..errors import LoraInitError
-from .place import Place, has_diverged
-from .record import is_recorded, read_checked
+from ..grids.result_files import Record, has_diverged, seconds
+from .folders import TableFolders
 from .table import Run, Table
+from .table_records import is_recorded, read_checked
 
 Scores = dict[int, float]
 
 
 class Measured:
-    """The results of a table that there are.
+    """The results of a table.
 
     Args:
         table: the table.
-        place: where they lie.
+        folders: where they lie.
 
     Raises:
         LoraInitError: one of them was made from another recipe than the table file's.
     """
 
-    def __init__(self, table: Table, place: Place) -> None:
-        self.table, self.place = table, place
-        self.results: dict[Run, dict[str, Any]] = {}
+    def __init__(self, table: Table, folders: TableFolders) -> None:
+        self.table, self.folders = table, folders
+        self.results: dict[Run, Record] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the results that have come since.
+        """Read the results that were written since the last call.
 
         Raises:
             LoraInitError: one of them was made from another recipe than the table file's.
         """
         for run in self.table.runs():
-            found = None if run in self.results else read_checked(self.table, run, self.place)
+            found = None if run in self.results else read_checked(self.table, run, self.folders)
             if found:
                 self.results[run] = found
 
     def wanted(self) -> list[Run]:
-        """Return the runs of the table, done or not, as far as it is known which they are.
+        """Return the runs of the table, done or not, as far as they are known.
 
-        The seeds that search try every rate. The others, once a cell's search is over, run only at the two rates that
+        The seeds that search try every rate. Once a cell's search is over, the others run only at the two rates that
         are shown: the cell's best and the reference's.
         """
         searching = self.table.searching_seeds()
@@ -54,9 +55,9 @@ class Measured:
         return [run for run in self.table.runs() if run.seed in searching or run.rate in best[run.row, run.column]]
 
     def scores(self, row: str, column: str, rate: float | None, metric: str | None = None) -> Scores:
-        """Return {seed: score} of a cell at a rate: of the column's score, or of another metric that it shows.
+        """Return {seed: score} of a cell at a rate, of the column's score or of another metric that it shows.
 
-        Runs that diverged have none, nor have those whose judge has left none.
+        Runs that diverged are left out, and runs whose judge has given no score.
 
         Raises:
             LoraInitError: the runs have no such metric.
@@ -79,8 +80,8 @@ class Measured:
         return sum(not is_recorded(self.table, run, result) for run, result in self.results.items())
 
     def evaluated(self) -> list[dict[str, Any]]:
-        """Return what the benchmarks have told of their replies and verdicts, one for each that a run has answered."""
-        return [told for result in self.results.values() for told in result.get("evaluated", {}).values()]
+        """Return what the benchmarks have kept of their replies and verdicts, one for each benchmark of each run."""
+        return [kept for result in self.results.values() for kept in result.get("evaluated", {}).values()]
 
     def diverged(self, row: str, column: str, rate: float | None) -> set[int]:
         """Return the seeds whose runs of a cell diverged at a rate."""
@@ -92,8 +93,8 @@ class Measured:
     def best(self, row: str, column: str) -> float | None:
         """Return the rate of a cell's best mean score over the seeds that search.
 
-        A rate at which one of them diverged is none to choose: the mean of the others would flatter it. None where no
-        rate is left, or where the row's own is all.
+        A rate at which one of them diverged is not chosen: the mean of the others would look too good. None where no
+        rate is left, or where the table has no rates.
         """
         sign = -1 if self.table.score_of(column) == "loss" else 1
         means = {}
@@ -105,19 +106,18 @@ class Measured:
         return max(means, key=means.__getitem__, default=None)
 
     def hours(self) -> float | None:
-        """Return what the missing runs will take, going by those that are done; None before the first.
+        """Estimate the hours that the missing runs will take from those that are done; None before the first.
 
-        A cell whose search is unfinished counts as if its other seeds were to run at two rates.
+        Where a cell's search is unfinished, its other seeds are counted at two rates.
         """
-        costs = [result["cost"] for result in self.results.values() if not has_diverged(result)]
-        if not costs:
+        times = [seconds(result) for result in self.results.values() if not has_diverged(result)]
+        if not times:
             return None
-        mean = statistics.mean(cost["start"]["seconds"] + cost["training"]["seconds"] for cost in costs)
         others = len(self.table.seeds) - len(self.table.searching_seeds())
         cells = {(run.row, run.column) for run in self.table.runs()}
         open_cells = sum(not self._searched(*cell) for cell in cells)
         missing = sum(run not in self.results for run in self.wanted()) + open_cells * others * 2
-        return mean * missing / 3600
+        return statistics.mean(times) * missing / 3600
 
     def _searched(self, row: str, column: str) -> bool:
         """Return whether every rate has been tried by the seeds that search, here and for the reference."""

@@ -1,12 +1,14 @@
-"""A table file: what all runs share, what each row and column changes, and what was published.
+"""Describes a table: what all its runs share, what each row and column changes, and what was published.
+
+A table file looks like this:
 
     title: Table 1
     source: arXiv 0000.00000, table 1
-    score: accuracy                     # the metric that is shown, times `times`, and that chooses rates
+    score: accuracy                     # the metric that is shown, multiplied by `times`, and by which rates are chosen
     times: 100
     also: {loss: 1}                     # other metrics that are shown behind it, each with its factor
-    evaluations:                        # benchmarks of `lorainit evaluate` that every adapter answers, with their
-      gsm8k: {task: metamath}           # options; their metrics have names such as "gsm8k exact match"
+    evaluations:                        # benchmarks of `lorainit evaluate` that every adapter runs, with their options;
+      gsm8k: {task: metamath}           # their metrics have names such as "gsm8k exact match"
     seeds: [0, 1, 2]
     recipe: {model: google-t5/t5-base}  # fields of a recipe, shared by all runs
     columns:
@@ -18,14 +20,14 @@
     published:
       LoRA: [69.35, null]               # one value a column, null where there is none
     notes: [...]
-    rates: [1.0e-4, 3.0e-4]             # every row is tried at; default: each row's own, in its recipe
-    search_seeds: 1                     # the first seed tries every rate, the others only the best; default: all do
-    small:                              # the same on what fits here: other models, columns, scores, budgets, more rows
+    rates: [1.0e-4, 3.0e-4]             # at which every row is tried; default: each row's own, in its recipe
+    search_seeds: 1                     # how many seeds try every rate; the others run at the best; default: all seeds
+    small:                              # the same at a small scale: other models, columns, scores, budgets, more rows
       recipe: {model: some/folder}
 
-Two kinds of text stand for what another run leaves: ``teacher:ROW`` and ``teacher:ROW@COLUMN`` for the adapter folder
-of that row, trained at its own rate with another seed, and ``drift:ROW`` for how far its start moved each layer.
-``{data}`` in a text is the folder that the driver is given.
+Two kinds of text refer to another run: ``teacher:ROW`` and ``teacher:ROW@COLUMN`` stand for the adapter folder of that
+row, trained at its own rate with another seed, and ``drift:ROW`` for how far its start moved each layer. ``{data}`` in
+a text stands for the folder given by ``--data``.
 """
 
 from __future__ import annotations
@@ -39,13 +41,13 @@ from typing import Any
 from ..errors import LoraInitError
 from ..start.budget import RankRule
 from ..tasks import DataOptions
-from ..train.run import Calibration, Recipe
+from ..train.recipe import Calibration, Recipe
 from .controls import CONTROLS
 
 TEACHER, DRIFT = "teacher:", "drift:"
-# teachers see another order of the rows, and other fresh heads, than the runs that they teach
+# Added to the seed of a teacher: it sees another order of the rows, and another fresh head, than the run it teaches.
 TEACHER_SEED = 100
-_SHOWN = ("score", "times", "also")  # of a column, these are no part of its runs
+_SHOWN = ("score", "times", "also")  # fields of a column that change what is shown, not its runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,28 +75,28 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table file at one of its two scales; see the module's text for what the fields hold.
+    """A table file at one of its two scales; the text of this module says what the fields hold.
 
     Attributes:
-        name: the file's name without ending, and the scale.
+        name: the file's name without its ending, and the scale.
         title: one line.
         source: where the published figures come from.
-        score: the metric that is shown, where a column has none of its own.
-        times: what it is multiplied by, likewise.
-        also: {metric: factor} of what is shown behind it, likewise.
-        evaluations: {benchmark: options} that the adapters of the grid answer.
+        score: the metric that is shown, unless a column has its own.
+        times: what the score is multiplied by, likewise.
+        also: {metric: factor} of what is shown behind the score, likewise.
+        evaluations: {benchmark: options} that run on the adapters of the grid.
         recipe: what all runs share.
         columns: {name: changes}, with a column's own ``score``, ``times`` and ``also`` among them.
         rows: {name: changes}.
         published: {row: {column: value}}.
         seeds: of the runs.
-        rates: learning rates that every row is tried at; none for each row's own.
-        search_seeds: so many of the seeds try every rate, the others only the best of the row and that of the
-            reference; default: all try all.
-        reference: the row whose best rate the others are compared at.
-        notes: what a reader has to know of the runs.
-        paper_notes: at the small scale, what a reader has to know of the published figures and the papers' runs.
-        keep_adapters: keep every run's adapter, not only those that other runs need.
+        rates: learning rates at which every row is tried; none for each row's own.
+        search_seeds: how many of the seeds try every rate; the others run only at the best rate of the row and at that
+            of the reference; default: all seeds try all rates.
+        reference: the row at whose best rate the others are compared.
+        notes: what a reader should know about the runs.
+        paper_notes: at the small scale, what a reader should know about the published figures and the papers' runs.
+        keep_adapters: whether to keep every run's adapter, not only those that other runs need.
         chosen_rows: rows to run; default: all.
         chosen_columns: columns to run; default: all.
     """
@@ -133,7 +135,7 @@ class Table:
         return {self.score_of(column): self.times_of(column)} | self.columns[column].get("also", self.also)
 
     def asked(self, run: Run) -> dict[str, dict[str, Any]]:
-        """Return the benchmarks that a run's adapter answers: none where it only serves other runs."""
+        """Return {benchmark: options} that run on a run's adapter; none where the run only serves others."""
         in_grid = run.seed in self.seeds and run.rate in (self.rates or (None,))
         return self.evaluations if in_grid else {}
 
@@ -142,7 +144,7 @@ class Table:
         return self.seeds[: self.search_seeds]
 
     def runs(self) -> list[Run]:
-        """Return the whole grid, seed by seed: a table that was cut short is still a comparison."""
+        """Return the whole grid, seed by seed, so that an interrupted table still compares all rows."""
         rates = self.rates or (None,)
         rows, columns = self.chosen_rows or self.rows, self.chosen_columns or self.columns
         return [Run(r, c, s, rate) for s in self.seeds for c in columns for r in rows for rate in rates]
@@ -172,24 +174,24 @@ class Table:
         )
 
     def check_data(self, data: str) -> None:
-        """Check that there is a folder for ``{data}`` if a run's recipe names it.
+        """Check that there is a folder for ``{data}`` if a run's recipe needs one.
 
         Args:
-            data: what ``{data}`` stands for; itself where no folder is given.
+            data: what ``{data}`` stands for; ``"{data}"`` where no folder is given.
 
         Raises:
-            LoraInitError: a recipe names it, and there is none.
+            LoraInitError: a recipe needs the folder, and none is given.
         """
         for run in self.runs() if data == "{data}" else ():
             if any("{data}" in text for text in texts([self.fields(run), self.asked(run)])):
                 raise LoraInitError(f"{self.where(run)}: its recipe names {{data}}; pass --data")
 
     def where(self, run: Run) -> str:
-        """Return what an error calls a run."""
+        """Return the place of a run, as errors name it."""
         return f"table '{self.name}', row '{run.row}', column '{run.column}'"
 
     def fields(self, run: Run) -> dict[str, Any]:
-        """Return the recipe of a run as a file would hold it, with the references still in it.
+        """Return the recipe of a run as a file would hold it, its references not yet replaced.
 
         Raises:
             LoraInitError: no such row or column.
@@ -207,10 +209,10 @@ class Table:
         return merged if run.rate is None else merge(merged, {"train": {"learning_rate": run.rate}})
 
     def needs(self, run: Run) -> dict[str, Run]:
-        """Return {reference: run whose adapter or figures it means} for the references in a run's recipe.
+        """Return the runs whose adapters or figures a run's recipe refers to, by the text of the reference.
 
         Raises:
-            LoraInitError: a reference means a row or column that is not there.
+            LoraInitError: a reference names a row or column that is not there.
         """
         found = [text for text in texts(self.fields(run)) if text.startswith((TEACHER, DRIFT))]
         return {text: self._referred(text, run) for text in found}
@@ -235,12 +237,12 @@ def build(table: Table, run: Run, found: Mapping[str, Any], data: str, output: s
     Args:
         table: the table.
         run: the run.
-        found: {reference: what it stands for}; a reference that is missing here stays as it is.
+        found: {reference: what it stands for}; other references stay as they are.
         data: what ``{data}`` stands for.
         output: the run's folder.
 
     Raises:
-        LoraInitError: fields that a recipe does not have, or wrong ones.
+        LoraInitError: fields that a recipe does not have, or fields of a wrong form.
     """
     fields = filled(table.fields(run), found, data) | {"output": output}
     kinds = {"data": DataOptions, "calibration": Calibration, "ranks": RankRule}
@@ -254,7 +256,7 @@ def build(table: Table, run: Run, found: Mapping[str, Any], data: str, output: s
 
 
 def filled(value: Any, found: Mapping[str, Any], data: str) -> Any:
-    """Return fields with what their references and ``{data}`` stand for."""
+    """Replace references and ``{data}`` in fields by what they stand for, and return the fields."""
     if isinstance(value, dict):
         return {key: filled(inner, found, data) for key, inner in value.items()}
     if isinstance(value, str):
@@ -263,7 +265,7 @@ def filled(value: Any, found: Mapping[str, Any], data: str) -> Any:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a mapping with changes laid over it, nested ones too; neither is altered.
+    """Return a mapping with the changes of another, nested ones too; neither is altered.
 
     Example:
         >>> merge({"lora": {"r": 8, "lora_alpha": 16}}, {"lora": {"r": 4}})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
@@ -15,22 +15,6 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import LoraInitError
-
-Adapter = Literal["lora", "adalora", "none"]
-
-
-def check(adapter: str, method: str, lora_plus: float | None, resume: bool) -> None:
-    """Raise LoraInitError unless these fields of a recipe go together."""
-    if adapter not in get_args(Adapter):
-        raise LoraInitError(f"adapter='{adapter}' is not one of {list(get_args(Adapter))}")
-    if adapter != "lora" and method != "kaiming":
-        raise LoraInitError(f"adapter='{adapter}' has no LoRA that method '{method}' could start")
-    if adapter != "lora" and resume:
-        raise LoraInitError(f"adapter='{adapter}' cannot be resumed: its checkpoints do not hold all of its state")
-    if lora_plus is not None and adapter != "lora":
-        raise LoraInitError(f"lora_plus gives B of a LoRA a rate of its own; adapter='{adapter}' has none")
-    if lora_plus is not None and not (0 < lora_plus < math.inf):
-        raise LoraInitError(f"lora_plus must be positive, got {lora_plus}")
 
 
 def train_all(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,1 +1,1 @@
-"""What several methods share."""
+"""Mathematics and options that several methods share."""

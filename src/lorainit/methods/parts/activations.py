@@ -1,4 +1,4 @@
-"""What the starts from activations share: means from sums, parts of a weight in the metric of its inputs, padding."""
+"""Shared by starts from activations: means from sums, truncated SVDs, parts of a weight, padding to the rank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mean_of(site: LoraSite, statistics: LayerStatistics, stream: Stream) -> Tens
     size = frobenius_norm(total.flatten()[None])  # one read; `isfinite` of a large moment makes three copies
     if not math.isfinite(size):
         raise NonFiniteError(f"layer '{site.name}': the statistic '{stream}' holds NaN or infinite entries")
-    # a sum of inputs may well cancel; squares and magnitudes do not
+    # a sum of inputs may cancel; squares and magnitudes do not
     if stream != "input_sum" and size == 0:
         raise UnsupportedLayerError(f"layer '{site.name}': its inputs are all zero in the calibration data")
     return total.to(site.device) / statistics.tokens
@@ -46,7 +46,7 @@ def centred(second_moment: Float[Tensor, "n m"], left: Float[Tensor, " n"], righ
 
 
 def rounding(matrix: Tensor) -> float:
-    """Return the size, relative to the largest, below which eigenvalues and singular values are only rounding.
+    """Return the size, relative to the largest, below which eigenvalues and singular values are rounding errors.
 
     LAPACK's eigenvalues of rank-deficient moments come out at up to 5 rounding units of the largest at n = 1024.
     """
@@ -69,8 +69,8 @@ def projection(weight: Float[Tensor, "out in"], svd: SVD, scaling: float) -> Fac
     return Factors((svd.U.mT @ weight) / (scaling * root)[:, None], svd.U * root)
 
 
-def keep_alive(start: Factors, rank: int, generator: torch.Generator | None) -> Factors:
-    """Append components of a plain LoRA start up to ``rank``: A uniform in ±1/√in, B zero; they leave BA as it is.
+def pad_to_rank(start: Factors, rank: int, generator: torch.Generator | None) -> Factors:
+    """Append components of a plain LoRA start up to ``rank``, A uniform in ±1/√in and B zero, which leaves BA as it is.
 
     A component with A = B = 0 would never train. Warns where anything is appended.
     """
@@ -89,7 +89,7 @@ def keep_alive(start: Factors, rank: int, generator: torch.Generator | None) -> 
     return Factors(A, torch.cat([start.B, start.B.new_zeros(start.B.shape[0], missing)], dim=1))
 
 
-def leading(svd: SVD, floor: float) -> SVD:
-    """Return the triplets with ``S > floor`` (``S`` is descending)."""
+def significant(svd: SVD, floor: float) -> SVD:
+    """Return the triplets above rounding: those with ``S > floor`` (``S`` is descending)."""
     count = int((svd.S > floor).sum())
     return SVD(svd.U[:, :count], svd.S[:count], svd.Vh[:count])

@@ -1,4 +1,4 @@
-"""What the starts from a gradient share: checks, its leading triplets, and errors that name the layer."""
+"""Shared by starts from a gradient: checks, leading singular triplets, and errors that name the layer."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def gradient_energies(gradient: Float[Tensor, "out in"]) -> Float[Tensor, " k"]:
 
 @contextlib.contextmanager
 def naming(site: LoraSite) -> Iterator[None]:
-    """Put the layer's name in front of what the mathematics has to say about its arguments."""
+    """Turn a ValueError of the mathematics into an error of the package that names the layer."""
     try:
         yield
     except ValueError as error:
@@ -84,7 +84,7 @@ def naming(site: LoraSite) -> Iterator[None]:
 
 
 def collected(statistics: LayerStatistics, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return these sums by name.
+    """Return the collected sums of these names.
 
     Raises:
         ValueError: a sum was not collected, or no data reached the layer.

@@ -1,4 +1,4 @@
-r"""The matrix whose smallest eigenvectors LoRA-DA starts from, never formed where the input is large (see `lora_da`).
+r"""LoRA-DA's matrix Ω, whose smallest eigenvectors are its start; never formed where the input is large.
 
 Ω = v Z_λ⁻¹ + κ Z_λ⁻¹ Z Z_λ⁻¹ − b·½(Δ̂₁Δ̂₂ᵀ + Δ̂₂Δ̂₁ᵀ)
 """
@@ -16,8 +16,8 @@ from ...numerics.iterative import Cholesky, Eigenpairs, damped_cholesky, dense_e
 
 Factorize = Callable[[Tensor, float], Cholesky]
 
-_BLOCK = 256  # columns of an inverse that exist at a time
-_DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # relative ones, tried on held-out data
+_BLOCK = 256  # columns of an inverse that are held at a time
+_DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # candidates for ``damping="auto"``, relative
 
 
 class Curvature(NamedTuple):
@@ -99,10 +99,10 @@ def curvature(
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Ω as an operator.
+    """Ω as a linear operator.
 
     Attributes:
-        curvature: what its first two terms are made of.
+        curvature: of its first two terms.
         displacements: Δ̂ twice, or the two of a cross-fit.
         variance: v = βc.
         noise: κ in the units of Δ̂, or 0.
@@ -166,7 +166,7 @@ def held_out_damping(
     output_gradient_second_moment: Float[Tensor, " out"],
     subspace: Callable[[Tensor, float], Tensor],
 ) -> float:
-    """Return the relative damping (0.01, 0.1, 1 or 10) whose subspace of one half of the data is best on the other.
+    """Return the relative damping (0.01, 0.1, 1 or 10) whose subspace from one half of the data is best on the other.
 
     Best: with A fixed and B free, the quadratic model of the loss falls furthest along the other half's gradient, by
     ``Σ_i (A g_i)ᵀ (A Z Aᵀ)⁻¹ (A g_i) / y_i`` up to a factor, g_i the gradient of output i. The sampling noise of that

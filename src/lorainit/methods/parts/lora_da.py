@@ -1,4 +1,4 @@
-"""What LoRA-DA's mathematics takes and gives: its options, and a start with the figures that explain it."""
+"""LoRA-DA's options, the statistics of a layer that it takes, and the start that it gives with its diagnostics."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import dataclasses
 import math
 from typing import Literal, NamedTuple
 
+import torch
+
 from ..._typing import Float, Tensor
 from ...adapter.factors import Factors
+from ...numerics.iterative import damped_cholesky
+from ...numerics.linalg import require_rank
 from ..method import require_choice
+from .gradient import require_signal
+from .guidance import Factorize
 
 Mode = Literal["consistent", "official"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What can be chosen about the mathematics. None: the mode's own value.
+    """Options of the mathematics. None: the mode's own value.
 
     Args:
         mode: ``"consistent"``, or ``"official"``, the arithmetic of the authors' code.
@@ -88,8 +94,83 @@ class Options:
         return relative * float(Z.diagonal().mean()), relative_y * float(y.mean())
 
 
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Statistics of one layer: means over the calibration data, and the numbers of samples.
+
+    Args:
+        gradient: G, the mean over sequences of the weight gradient, out×in.
+        input_second_moment: Z, the mean over tokens of z zᵀ.
+        output_gradient_second_moment: y, the mean over tokens of g⊙g. Both gradients are of the loss summed over a
+            sequence's tokens (consistent), or averaged over them (official).
+        num_samples: N, the number of sequences to be fine-tuned on.
+        tokens_per_sample: T; official does not use it.
+        calibration_samples: n, the number of sequences behind G; for ``debias`` and ``noise_to_signal``.
+        halves: G over two disjoint halves of the sequences; for ``cross_fit`` and ``damping="auto"``.
+        sequence_gradients: the authors' switch for a full output factor, see `lorainit.methods.parts.guidance`.
+    """
+
+    gradient: Float[Tensor, "out in"]
+    input_second_moment: Float[Tensor, "in in"]
+    output_gradient_second_moment: Float[Tensor, " out"]
+    num_samples: int
+    tokens_per_sample: float = 1.0
+    calibration_samples: int | None = None
+    halves: tuple[Tensor, Tensor] | None = None
+    sequence_gradients: Float[Tensor, "n out"] | None = None
+
+    def require(self, rank: int, options: Options) -> None:
+        """Raise unless a start of this rank can be computed with these options.
+
+        Raises:
+            NonFiniteError: NaN or infinity in a statistic.
+            ValueError: a statistic is zero or missing, or the rank is out of range.
+        """
+        require_rank(self.gradient, rank)
+        if not (self.num_samples >= 1 and self.tokens_per_sample > 0):
+            raise ValueError(
+                f"num_samples and tokens_per_sample must be positive, got {self.num_samples}, {self.tokens_per_sample}"
+            )
+        if (options.halved and self.halves is None) or (options.debias and not self.calibration_samples):
+            raise ValueError("cross_fit and damping='auto' need halves, debias needs calibration_samples")
+        require_signal("weight gradient", self.gradient)
+        require_signal("second moment of the inputs", self.input_second_moment)
+        require_signal("second moment of the output gradients", self.output_gradient_second_moment)
+
+    def to(self, dtype: torch.dtype) -> Calibration:
+        """Return the statistics with G, Z and y in another dtype."""
+        names = ("gradient", "input_second_moment", "output_gradient_second_moment")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(dtype) for name in names})
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """How the eigenproblem is solved.
+
+    Args:
+        generator: source of the search's start (default: a fresh one with seed 0); the result depends on it no further
+            than the solver's tolerance.
+        factorize: what factorizes Z, given it in the dtype of the solution and λ_z.
+        dense_up_to: with that many inputs or fewer the eigenvectors come from a dense Ω, else from products alone.
+        double_up_to: wider inputs are solved in the dtype of Z, at least float32, if λ_z is at least mean(diag Z)/1000;
+            else in float64.
+    """
+
+    generator: torch.Generator | None = None
+    factorize: Factorize = damped_cholesky
+    dense_up_to: int = 512
+    double_up_to: int = 2048
+
+    def dtype(self, layer: Calibration, damping: float) -> torch.dtype:
+        """Return the dtype in which a layer is solved whose λ_z is this."""
+        Z = layer.input_second_moment
+        safe = damping >= 1e-3 * float(Z.diagonal().mean())
+        narrow = layer.gradient.device.type == "mps" or (safe and len(Z) > self.double_up_to)
+        return torch.promote_types(Z.dtype, torch.float32) if narrow else torch.float64
+
+
 class Solution(NamedTuple):
-    """A start, and how it came about.
+    """A start, and figures that explain it.
 
     Attributes:
         factors: A and B.

@@ -1,4 +1,4 @@
-"""What the starts that can do with a sketch of their statistics share: the option, and what to read out of the sums."""
+"""Shared by starts that can use a sketch of their statistics: the option, and decompositions from the sketch."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def input_sketch(site: LoraSite, statistics: LayerStatistics) -> tuple[Float[Ten
 def centred_sketch(
     sketch: Float[Tensor, "in k"], test: Float[Tensor, "in k"], mean: Float[Tensor, " in"]
 ) -> Float[Tensor, "in k"]:
-    """Return ``(C − μμᵀ) Ω``, in float64: what is left of a large mean would be rounding."""
+    """Return ``(C − μμᵀ) Ω``, in float64: subtracting a large mean would leave rounding errors."""
     sketch, test, mean = sketch.double(), test.double(), mean.double()
     return sketch.addr(mean, mean @ test, alpha=-1)
 
 
 def warn_if_missed(sketch: Float[Tensor, "in k"], found: Nystrom, rank: int) -> None:
-    """Warn where the found directions miss an estimated tenth of the energy of the leading ``rank`` ones, or more."""
+    """Warn where the sketch misses more than an estimated tenth of the energy of the leading ``rank`` directions."""
     share = missed(sketch, found, rank)
     if share > _MISSED_ENERGY:
         warnings.warn(
