@@ -172,10 +172,11 @@ def test_a_start_found_by_training_is_matched_as_it_ended() -> None:
 
 def test_the_users_config_object_is_left_alone() -> None:
     config = LLAMA.lora_config()
-    before = config.to_dict()
     from peft import get_peft_model
 
-    start(get_peft_model(LLAMA.base(), config), "pissa", match_lr=True)
+    model = get_peft_model(LLAMA.base(), config)
+    before = config.to_dict()
+    start(model, "pissa", match_lr=True)
     assert config.to_dict() == before
 
 

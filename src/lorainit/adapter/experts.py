@@ -110,4 +110,5 @@ def _stack(layer: Any) -> Tensor:
     parameter = layer.get_param().detach()
     if parameter.dim() == 2:  # noqa: PLR2004 - one weight
         return parameter[None]
-    return parameter if layer._did_swap_in_out_features else parameter.mT
+    # up to PEFT 0.18 every stack counts as in×out
+    return parameter if getattr(layer, "_did_swap_in_out_features", False) else parameter.mT
