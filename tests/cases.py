@@ -23,7 +23,7 @@ from lorainit.machine.sharding import local
 
 PEFT, TRANSFORMERS = Version(peft.__version__), Version(transformers.__version__)
 # fields of LoraConfig that came after the lowest PEFT that the package takes: what uses them is skipped before
-SINCE = {"alora_invocation_tokens": "0.18", "ensure_weight_tying": "0.18", "kasa_config": "0.21"}
+SINCE = {"alora_invocation_tokens": "0.18", "ensure_weight_tying": "0.19", "kasa_config": "0.21"}
 
 SEQUENCE, BATCH, VOCAB, CLASSES = 6, 3, 40, 5
 

@@ -1029,7 +1029,8 @@ def test_an_adapter_inside_one_of_another_kind_is_not_saved(tmp_path):
 
 
 def test_a_variant_of_lora_is_not_saved_as_a_plain_one(tmp_path):
-    model = LLAMA.adapted(kasa_config=peft.tuners.lora.config.KasaConfig())
+    kasa = getattr(peft.tuners.lora.config, "KasaConfig", dict)  # LLAMA skips it where PEFT has none
+    model = LLAMA.adapted(kasa_config=kasa())
     with pytest.raises(lorainit.LoraInitError, match="adapter 'default' is no plain LoRA: .*kasa_config"):
         lorainit.save_pretrained(model, tmp_path / "out")
 

@@ -42,6 +42,7 @@ from .folder import (
     PREFIX,
     PROVENANCE_NAME,
     WEIGHTS_NAME,
+    check_biases_are_saved,
     check_plain,
     config_rank,
     expert_names,
@@ -93,6 +94,7 @@ def save_pretrained(
     if config is None:
         raise LoraInitError(f"{type(model).__name__} holds no LoraConfig for adapter '{adapter_name}'")
     check_plain(config, f"adapter '{adapter_name}'")
+    check_biases_are_saved(config)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     source = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
     with unpacked(model):
@@ -180,6 +182,7 @@ def export(
     form = "exact" if rank is None else "truncated"
     final = provenance(form=form, start=record.get("start"), relative_error=errors)
     plain = plain_config(config, ranks)
+    plain.base_model_name_or_path = config.base_model_name_or_path or None  # a model made by hand is called ""
     if uniform:
         tensors, plain = make_uniform(tensors, plain, ranks)
     write_folder(Path(save_directory), tensors, plain, final)
@@ -241,6 +244,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         _check_same_tensors(path, tensors, present)
         for tensor in present.values():
             undo.remember_tensor(tensor)
+        # PEFT before 0.20 looks for the names as they are, prefix and all, and passes over what it does not find
+        prefix = PREFIX if any(name.startswith(PREFIX) for name, _ in model.named_parameters()) else ""
+        tensors = {prefix + name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         finish(model, adapter_name, scalings)
         mark_started(model, adapter_name, report)

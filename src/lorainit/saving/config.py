@@ -15,7 +15,15 @@ from ..adapter import offset
 from ..adapter.sites import adapter_config, lora_layers, pattern_name
 from ..errors import LoraInitError
 from ..report import InitReport
-from .folder import PROVENANCE_NAME, plain_fields, provenance, refitted_fields, write_json, written_rows
+from .folder import (
+    PROVENANCE_NAME,
+    check_biases_are_saved,
+    plain_fields,
+    provenance,
+    refitted_fields,
+    write_json,
+    written_rows,
+)
 
 
 class StartedLoraConfig(LoraConfig):
@@ -84,10 +92,15 @@ class StartedLoraModel(LoraModel):
 
 
 def mark_started(model: nn.Module, adapter_name: str, report: InitReport) -> None:
-    """Replace the adapter's config by one that saves what the adapter now is, and remembers where it came from."""
+    """Replace the adapter's config by one that saves what the adapter now is, and remembers where it came from.
+
+    Raises:
+        LoraInitError: PEFT would leave trained biases out of what it saves.
+    """
     config = adapter_config(model, adapter_name)
     if config is None:
         return  # bare layers without a PEFT config: nothing of PEFT's could save them either
+    check_biases_are_saved(config)
     layers = lora_layers(model, adapter_name)
     offset_layers = [name for name, layer in layers if _in_offset_form(layer, adapter_name)]
     ranks = {

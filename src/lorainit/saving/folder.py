@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from packaging.version import Version
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -44,11 +45,18 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[LoraConfig, dict[str, Te
     if not (path / CONFIG_NAME).is_file():
         raise LoraInitError(f"{path} is no adapter folder: it has no {CONFIG_NAME}")
     try:
+        fields = json.loads((path / CONFIG_NAME).read_text())
         config = peft.PeftConfig.from_pretrained(str(path))
     except (ValueError, TypeError, KeyError) as error:
         raise LoraInitError(f"{path / CONFIG_NAME} is damaged or not PEFT's: {error}") from error
     if not isinstance(config, LoraConfig):
         raise LoraInitError(f"{path} holds a {config.peft_type} adapter, not LoRA")
+    # fields of a newer PEFT are dropped with a warning by an older one
+    unknown = [name for name in _VARIANT_FIELDS if fields.get(name) not in (None, False) and not hasattr(config, name)]
+    if unknown:
+        raise LoraInitError(
+            f"{path} is no plain LoRA: its config has {', '.join(unknown)}, which PEFT {peft.__version__} does not know"
+        )
     weights = path / WEIGHTS_NAME
     if not weights.is_file():
         pickled = (path / PICKLE_NAME).is_file()
@@ -70,6 +78,15 @@ def check_plain(config: LoraConfig, what: str) -> None:
     variants = [field for field in _VARIANT_FIELDS if getattr(config, field, None)]
     if variants:
         raise LoraInitError(f"{what} is no plain LoRA: its config has {', '.join(variants)}")
+
+
+def check_biases_are_saved(config: LoraConfig) -> None:
+    """Raise if PEFT leaves the biases that it trains out of what it saves, as it does before version 0.21."""
+    if config.bias == "lora_only" and Version(peft.__version__) < Version("0.21"):
+        raise LoraInitError(
+            f"bias='lora_only' needs PEFT 0.21 or newer: PEFT {peft.__version__} trains these biases and leaves them out "
+            "of what it saves; upgrade PEFT, or take bias='all' or 'none'"
+        )
 
 
 def plain_fields(config: LoraConfig, ranks: dict[str, tuple[int, float]]) -> dict[str, Any]:
