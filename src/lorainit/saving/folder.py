@@ -84,8 +84,8 @@ def check_biases_are_saved(config: LoraConfig) -> None:
     """Raise if PEFT leaves the biases that it trains out of what it saves, as it does before version 0.21."""
     if config.bias == "lora_only" and Version(peft.__version__) < Version("0.21"):
         raise LoraInitError(
-            f"bias='lora_only' needs PEFT 0.21 or newer: PEFT {peft.__version__} trains these biases and leaves them out "
-            "of what it saves; upgrade PEFT, or take bias='all' or 'none'"
+            f"bias='lora_only' needs PEFT 0.21 or newer: PEFT {peft.__version__} trains these biases and leaves them "
+            "out of what it saves; upgrade PEFT, or take bias='all' or 'none'"
         )
 
 
