@@ -38,6 +38,7 @@ def collect(
     micro_batch: int | None = None,
     place: Place = COMPUTED,
     processes: Processes = ALONE,
+    may_miss: bool = False,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
     """Run the base model (adapters off, eval mode) over the data and return the sums of every site by name.
@@ -57,6 +58,7 @@ def collect(
         processes: those whose data are shards of one whole: the sums are over all of them, the same in each. One that
             has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all. Those
             that hold a model together (FSDP2) run their passes in step, see `lorainit.statistics.lockstep`.
+        may_miss: a layer may see no token; its sums are then None.
         progress: show a progress bar.
 
     Raises:
@@ -67,6 +69,7 @@ def collect(
     found: dict[str, LayerStatistics] = {}
     options: dict[str, Any] = {"max_batches": max_batches, "memory_budget": memory_budget}
     options |= {"micro_batch": micro_batch, "place": place, "progress": progress, "processes": processes}
+    options |= {"may_miss": may_miss}
     for _, statistics in collect_groups(model, sites, data, request, **options):
         found |= statistics
     return found
@@ -85,6 +88,7 @@ def collect_groups(
     processes: Processes = ALONE,
     workspace: Workspace = lambda site: 0,
     remarks: list[str] | None = None,
+    may_miss: bool = False,
     progress: bool = True,
 ) -> Iterator[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
     """Yield the groups of sites that fit the budget, each with its sums, as `collect` does.
@@ -107,6 +111,7 @@ def collect_groups(
         processes: see there.
         workspace: bytes that the work on a layer takes beside the sums.
         remarks: takes what the user should know.
+        may_miss: see there.
         progress: see there.
     """
     if micro_batch is not None and micro_batch < 1:
@@ -121,7 +126,7 @@ def collect_groups(
         found = None
         if all(processes.exchange(_run(watch, batches, max_batches, micro_batch, processes, progress))):
             add_up(watch.statistics, processes, {part.name: part.device for part in parts}, place)
-            found = _finished(watch)
+            found = _finished(watch, may_miss)
         if not all(processes.exchange(found is not None)):
             del watch, found
             memory.free()
@@ -140,10 +145,10 @@ def collect_groups(
         del found, watch
 
 
-def _finished(watch: Watch) -> dict[str, LayerStatistics] | None:
+def _finished(watch: Watch, may_miss: bool) -> dict[str, LayerStatistics] | None:
     """Return the sums; None where memory runs out on the little that is left to do."""
     try:
-        return watch.finish()
+        return watch.finish(may_miss=may_miss)
     except (RuntimeError, MemoryError) as error:
         if not memory.ran_out(error):
             raise
