@@ -251,18 +251,18 @@ def owning(model: nn.Module, adapter_name: str) -> nn.Module:
     Raises:
         LoraInitError: several parts have an adapter of that name.
     """
-    if adapter_config(model, adapter_name) is not None:
-        return model
     first: dict[int, tuple[str, nn.Module]] = {}
     for path, module, configs in config_holders(model):
-        if adapter_name in configs:
-            first.setdefault(id(configs), (path, module))
-    if len(first) > 1:
+        # a compiled module shows the configs of the one inside, but names its tensors otherwise
+        if adapter_name in configs and "_orig_mod" not in module._modules:
+            first.setdefault(id(configs), (path.replace("_orig_mod", "").strip("."), module))
+    outermost = next(iter(first.values()), ("", model))
+    if outermost[0] and len(first) > 1:
         raise LoraInitError(
             f"{type(model).__name__} holds several models with an adapter '{adapter_name}' "
             f"({', '.join(repr(path) for path, _ in first.values())}): pass one of them"
         )
-    return next((module for _, module in first.values()), model)
+    return outermost[1]
 
 
 def _with_adapter(model: nn.Module, adapter_name: str) -> list[tuple[str, LoraLayer]]:

@@ -29,7 +29,16 @@ from ..adapter.experts import find_experts
 from ..adapter.quantized import unpacked
 from ..adapter.rank import resize
 from ..adapter.scaling import begin, finish, scale
-from ..adapter.sites import LoraSite, adapter_config, check_unmerged, find_sites, lora_layers, pattern_name, site_name
+from ..adapter.sites import (
+    LoraSite,
+    adapter_config,
+    check_unmerged,
+    find_sites,
+    lora_layers,
+    owning,
+    pattern_name,
+    site_name,
+)
 from ..adapter.write import all_or_nothing
 from ..errors import LoraInitError
 from ..machine.sharding import is_partitioned
@@ -82,6 +91,7 @@ def save_pretrained(
             with another forward, or one for which PEFT has edited the base.
     """
     _check_rank(rank)
+    model = owning(model, adapter_name)
     layers = lora_layers(model, adapter_name)
     _check_here(layers, adapter_name)
     _check_not_wrapped(model)
@@ -192,6 +202,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         LoraInitError: not such a checkpoint, or one of another configuration; the model is then as it was.
     """
     path = Path(path)
+    model = owning(model, adapter_name)
     record = read_provenance(path)
     if record.get("form") != "training":
         raise LoraInitError(
@@ -227,7 +238,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         _check_same_tensors(path, tensors, present)
         for tensor in present.values():
             undo.remember_tensor(tensor)
-        set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+        if homeless := set_peft_model_state_dict(model, tensors, adapter_name=adapter_name).unexpected_keys:
+            raise LoraInitError(
+                f"{path}: PEFT finds no place for {homeless[0]} ({len(homeless)} such tensors); is the base compiled "
+                "inside the PeftModel? compile the PeftModel instead"
+            )
         finish(model, adapter_name, scalings)
         mark_started(model, adapter_name, report)
     return report

@@ -58,6 +58,7 @@ class Call:
         check_choice("base", self.base, ("auto", *get_args(Base)))
         check_choice("on_unsupported", self.skip, ("error", "default"))
         check_choice("match_lr", self.match_lr, (False, True, "curvature"))
+        check_choice("overwrite", self.overwrite, (False, True))
         check_count("max_batches", self.max_batches)
         check_count("micro_batch", self.micro_batch)
         check_batches("data", self.data)
@@ -80,17 +81,17 @@ class Call:
     @property
     def treatment(self) -> Base:
         """What is done about BA."""
-        if self.base != "auto":
-            return self.base
-        return self._meant
+        return self._meant if self.base == "auto" else self.base
+
+    @property
+    def settles(self) -> bool:
+        """Whether what a short training comes to is no longer to show: no-op at step 0 was asked for by name."""
+        return isinstance(self.method, TrainedMethod) and self.base in ("offset", "subtract")
 
     @property
     def written_as(self) -> Base:
-        """What is done about BA when the start is written, which a method's short training may then move.
-
-        An offset or a subtraction that was asked for by name takes the point that the training ends at; see `settle`.
-        """
-        return self._meant if isinstance(self.method, TrainedMethod) else self.treatment
+        """What is done about BA when the start is written, which a method's short training may then move."""
+        return self._meant if self.settles else self.treatment
 
     @property
     def _meant(self) -> Base:
@@ -143,8 +144,10 @@ def check_count(name: str, value: Any) -> None:
     """Raise unless a number is a positive integer, or None."""
     if value is None:
         return
-    if isinstance(value, bool) or as_integer(name, value) < 1:
-        raise LoraInitError(f"{name} must be an integer ≥ 1 or None, got {value!r}")
+    if isinstance(value, bool):
+        raise LoraInitError(f"{name} must be an integer, got {value!r}")
+    if as_integer(name, value) < 1:
+        raise LoraInitError(f"{name} must be ≥ 1 or None, got {value!r}")
 
 
 def check_batches(name: str, data: Any) -> None:
@@ -161,7 +164,7 @@ def check_batches(name: str, data: Any) -> None:
             "batch_size=8, collate_fn=...), which makes batches as the model takes them"
         )
     if not isinstance(data, Iterable):
-        raise LoraInitError(f"{name} must be an iterable of batches, got a {type(data).__name__}")
+        raise LoraInitError(f"{name} must be an iterable of batches, got {data!r}")
 
 
 def as_integer(name: str, value: Any) -> int:

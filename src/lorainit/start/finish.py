@@ -59,8 +59,7 @@ def adjust(plan: Plan, sums: Sums, written: Written, scalings: Scalings | None, 
     trained = fit(call, started, sums.calibration.batches)
     for site in started:
         row, moved = rows[site.name], trained.starts.get(site.name)
-        by_name = call.written_as != call.treatment
-        rows[site.name] = settle(site, row, moved, call.treatment, undo) if by_name else move(site, row, moved)
+        rows[site.name] = settle(site, row, moved, call.treatment, undo) if call.settles else move(site, row, moved)
     kept = [site for site in started if rows[site.name].rank > 0]  # the others' adapters were taken off
     remarks = [*sums.calibration.remarks, *trained.warnings, *_on_the_base(call, rows)]
     details = trained.details | _details(plan, sums)
@@ -89,7 +88,7 @@ def _on_the_base(call: Call, rows: dict[str, LayerReport]) -> Iterator[str]:
     if not isinstance(call.method, TrainedMethod):
         return
     name = call.method.info.name
-    if call.written_as != call.treatment:
+    if call.settles and any(row.base == call.treatment for row in rows.values()):
         yield (
             f"base={call.treatment!r} takes out what the short training of {name} has added: at step 0 the model "
             "computes what the base does, and only the factors are those of the training; with base='auto' it takes "
