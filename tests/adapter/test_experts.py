@@ -185,7 +185,7 @@ def test_training_moves_the_experts_and_not_the_base():
     cases.assert_same_tensors(cases.base_tensors(model), base)
     assert not torch.equal(cases.logits(model, batch()), before)
     assert torch.equal(cases.logits(copied, batch()), before)
-    cases.start(model, "pissa")
+    cases.start(model, "pissa", overwrite=True)
     assert torch.equal(cases.logits(model, batch()), before)
 
 

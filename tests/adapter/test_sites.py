@@ -209,9 +209,9 @@ UNSUPPORTED = {
 def test_what_no_method_can_start_is_listed_with_the_reason(make, config, reason):
     model = get_peft_model(make(), LoraConfig(r=2, **config))
     _, unsupported = lorainit.find_sites(model)
-    ((name, why),) = unsupported.items()
-    assert name in ("odd", "odd.inner")
-    assert re.search(reason, why)
+    parts = ["odd.inner", "odd.inner.base_layer.out_proj"] if "odd.inner" in unsupported else ["odd"]
+    assert list(unsupported) == parts
+    assert all(re.search(reason, why) for why in unsupported.values())
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_a_tokenizer_that_cannot_pad_is_named(tokenizer) -> None:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = None
     with pytest.raises(LoraInitError, match="tokenizer.pad_token = tokenizer.eos_token"):
-        as_batches(TEXTS, processing=tokenizer)
+        list(as_batches(TEXTS, processing=tokenizer).data)
 
 
 class _Doubled(transformers.Trainer):

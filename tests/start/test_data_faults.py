@@ -111,3 +111,109 @@ def test_fewer_directions_than_the_rank_give_a_remedy_in_the_report_or_an_error(
         assert A.isfinite().all() and B.isfinite().all()
         assert bool(A.any(dim=1).all() or B.any(dim=0).all())  # no component is dead
     assert any(row.warnings for row in report.layers) or method in FULL
+
+
+# --- a tower that the data do not reach ---------------------------------------------------------------------------
+
+
+class Beside(nn.Identity):
+    """Passes its input on; the layer that it holds is not part of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(192, 8)
+
+
+class Towers(Net):
+    """Two layers in a row, and one beside them that never runs, or whose output nothing depends on."""
+
+    def __init__(self, *, runs: bool) -> None:
+        ends = {"first": nn.Linear(192, 8), "tanh": nn.Tanh(), "last": nn.Linear(8, cases.CLASSES)}
+        super().__init__(flat=nn.Flatten(), **ends, tower=Beside())
+        self.runs = runs
+
+    def forward(self, pixel_values, labels=None):
+        if self.runs:
+            self.tower.layer(pixel_values.flatten(1))
+        return super().forward(pixel_values, labels)
+
+
+def towers(*, runs: bool) -> Case:
+    targets = ("first", "layer", "last")
+    return Case("towers", lambda: Towers(runs=runs), targets, cases._pixels, cases._class_labels, {"r": 2})
+
+
+TRAINED = ("hrp", "abm")  # they train what is there, and start nothing from sums
+PROXIES = {"pairs": lorainit.CNTLoRA(constraint="F2", paired=True), "proxies": lorainit.CNTLoRA(constraint="F1p")}
+
+
+@pytest.mark.parametrize("method", [*(name for name in DATA_DRIVEN if name not in TRAINED), *PROXIES])
+def test_a_tower_that_the_data_do_not_reach_is_left_alone_where_the_caller_says_so(method):
+    case = towers(runs=False)
+    method, data = PROXIES.get(method, method), case.batches()
+    options = {"proxy_data": case.batches()} if not isinstance(method, str) else {}
+    refused(case, method, data, LoraInitError, r"layer 'tower\.layer' saw no token of the calibration data", **options)
+    model = case.adapted()
+    before = {k: v.clone() for k, v in model.state_dict().items() if "tower.layer.lora" in k}
+    with pytest.warns(UserWarning, match=r"layer 'tower\.layer' as it was: .* saw no token"):
+        report = cases.start(model, method, data=data, on_unsupported="default", **options)
+    assert [row.name for row in report.layers if row.kind == "default"] == ["tower.layer"]
+    cases.assert_same_tensors({k: v for k, v in model.state_dict().items() if k in before}, before)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_a_short_training_leaves_such_a_tower_where_vanilla_has_it(method):
+    case = towers(runs=False)
+    model = case.adapted()
+    report = cases.start(model, method, data=case.batches(), on_unsupported="default")
+    (row,) = [row for row in report.layers if row.name == "tower.layer"]
+    assert row.base == "none" and row.relative_size == 0
+
+
+@pytest.mark.parametrize("options", [{"ranks": "budget"}, {"cache": True}, {"memory_budget": "1MB"}])
+def test_such_a_tower_does_not_stand_in_the_way_of_ranks_caches_and_budgets(options, tmp_path):
+    case = towers(runs=False)
+    options = {"cache": tmp_path} if "cache" in options else options
+    for _ in range(2):  # the second time from the cache, if there is one
+        report = cases.start(case.adapted(), "eva", data=case.batches(), on_unsupported="default", **options)
+        assert [row.name for row in report.layers if row.kind == "default"] == ["tower.layer"]
+    if "cache" in options:
+        refused(case, "eva", case.batches(), LoraInitError, r"'tower\.layer' saw no token", **options)
+
+
+@pytest.mark.parametrize("method", ["lora-ga", "lora-one", "lora-da"])
+def test_a_layer_that_the_loss_does_not_depend_on_is_named_or_left_alone(method):
+    case = towers(runs=True)
+    message = r"'tower\.layer': the statistics lack .*'weight_gradient'.*the loss does not depend on this layer"
+    refused(case, method, case.batches(), LoraInitError, message)
+    report = cases.start(case.adapted(), method, data=case.batches(), on_unsupported="default")
+    assert [row.name for row in report.layers if row.kind == "default"] == ["tower.layer"]
+
+
+# --- a weight near the largest number -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("info", lorainit.available(), ids=lambda info: info.name)
+def test_a_weight_near_the_largest_number_is_started_or_named(info):
+    if info.name == "loftq":
+        pytest.skip("needs a quantized model")
+
+    def adapted() -> nn.Module:
+        model = LLAMA.adapted()
+        with torch.no_grad(), cases.seeded():
+            weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
+            weight.copy_(torch.randn_like(weight) * 3e37)
+        return model
+
+    model = adapted()
+    snapshot = cases.Snapshot.of(model)
+    try:
+        report = cases.start(model, info.name, data=LLAMA.batches())
+    except LoraInitError as error:
+        assert any(word in str(error) for word in ("layer '", "batch ", "the loss is nan")), error
+        snapshot.assert_unchanged(model)
+        if info.needs:  # what the model computes is not finite, with any layer left out
+            return
+        report = cases.start(adapted(), info.name, data=LLAMA.batches(), on_unsupported="default")
+        assert [row.kind for row in report.layers].count("default") == 1
+    assert len(report.layers) == 6

@@ -170,7 +170,7 @@ def too_much() -> torch.Tensor:
 def test_a_layer_without_memory_comes_back_starved_unless_it_is_alone(alone) -> None:
     model = LLAMA.adapted()
     sites = lorainit.find_sites(model)[0][:2]
-    known = {site.name: (lorainit.statistics.LayerStatistics(),) for site in sites}
+    known = {site.name: (lorainit.statistics.LayerStatistics(tokens=1),) for site in sites}
 
     def work(site: Any, _: Any) -> Any:
         return None, [too_much() if site is sites[0] else torch.ones(1)]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import LoraInitError
 from . import offset
-from .sites import LoraSite, adapter_config
+from .sites import LoraSite, Owner, owners
 from .undo import Undo
 
 _SIZES = {0: ("out_features", "out_channels"), 1: ("in_features", "in_channels")}
@@ -35,17 +35,25 @@ def resize(model: nn.Module, sites: Sequence[LoraSite], ranks: Mapping[str, int]
         raise LoraInitError("no layer would keep its adapter: every rank would be 0")
     changed = [(site, ranks[site.name]) for site in sites if ranks[site.name] != site.rank]
     adapter = sites[0].adapter
-    config = adapter_config(model, adapter)
+    found = owners(model, adapter)  # while the layers are there
     for site, rank in changed:
         if rank == 0:
             _take_off(model, site, undo)
         else:
-            _set_rank(site, rank, bool(config and config.use_rslora), undo)
-    if config is not None and changed:
-        undo.remember_config(model, adapter)
-        configs: dict[str, Any] = model.peft_config  # pyright: ignore[reportAssignmentType]
-        configs[adapter] = _with_patterns(config, changed)
+            _set_rank(site, rank, _has_rslora(site, found), undo)
+    undo.remember_config(model, adapter)
+    for owner in found:
+        names = {id(layer): name for name, _, layer in owner.layers}
+        own = [(names[id(site.layer)], site, rank) for site, rank in changed if id(site.layer) in names]
+        if own:
+            owner.configs[adapter] = _with_patterns(owner.configs[adapter], own)
     return [site for site in sites if ranks[site.name] > 0]
+
+
+def _has_rslora(site: LoraSite, found: Sequence[Owner]) -> bool:
+    """Say whether the scaling of a layer is alpha/√r: by the config of the innermost model that holds one for it."""
+    around = [owner for owner in found if any(layer is site.layer for _, _, layer in owner.layers)]
+    return bool(around and around[-1].configs[site.adapter].use_rslora)
 
 
 def _set_rank(site: LoraSite, rank: int, rslora: bool, undo: Undo) -> None:
@@ -116,15 +124,20 @@ def _owner(model: nn.Module, layer: LoraLayer) -> tuple[nn.Module, str]:
     raise LoraInitError("the layer is not part of the model")
 
 
-def _with_patterns(config: LoraConfig, changed: Sequence[tuple[LoraSite, int]]) -> LoraConfig:
-    """Return a copy of the adapter's config, which the user may have given to other models, with the layers as now."""
+def _with_patterns(config: LoraConfig, changed: Sequence[tuple[str, LoraSite, int]]) -> LoraConfig:
+    """Return a copy of the adapter's config, which the user may have given to other models, with the layers as now.
+
+    Args:
+        config: the config.
+        changed: layers by the names that they are saved with, and their ranks.
+    """
     config = copy.copy(config)
-    kept = {"^" + re.escape(site.name): site for site, rank in changed if rank > 0}
+    kept = {"^" + re.escape(name): site for name, site, rank in changed if rank > 0}
     # PEFT takes the first pattern that fits: the exact names come first
     config.rank_pattern = {key: site.rank for key, site in kept.items()} | _without(config.rank_pattern, kept)
     alphas = {key: site.layer.lora_alpha[site.adapter] for key, site in kept.items()}
     config.alpha_pattern = alphas | _without(config.alpha_pattern, kept)
-    dropped = [re.escape(site.name) for site, rank in changed if rank == 0]
+    dropped = [re.escape(name) for name, _, rank in changed if rank == 0]
     if dropped:
         config.exclude_modules = "|".join([*_as_patterns(config.exclude_modules), *dropped])
     return config

@@ -28,7 +28,7 @@ from ..errors import LoraInitError
 from ..numerics.linalg import to_double
 from ..numerics.update_size import rate_ratio
 from . import offset
-from .sites import LoraSite, adapter_config, lora_layers, pattern_name
+from .sites import LoraSite, Owner, lora_layers, owners, pattern_name
 from .undo import Undo
 
 _MARK = "_user_scalings"  # in the config's __dict__, no field: PEFT neither saves nor compares it
@@ -39,7 +39,7 @@ class Scalings:
     """What the user gave an adapter.
 
     Attributes:
-        by_layer: s by layer name.
+        by_layer: s by layer: by its path in the whole model; in a config, by the name that it is saved with.
         alpha_pattern: of the config; None while it holds nothing else.
     """
 
@@ -58,27 +58,35 @@ def begin(model: nn.Module, adapter_name: str, undo: Undo, *, needed: bool) -> S
     Raises:
         LoraInitError: the scalings are going to be changed (``needed``), and there is no such config.
     """
-    config = adapter_config(model, adapter_name)
-    if config is None:
-        if needed:
-            raise LoraInitError(
-                f"match_lr changes the scaling of each layer, and {type(model).__name__} holds no LoraConfig for "
-                f"adapter '{adapter_name}' to save it in; pass the PeftModel, or the model that has add_adapter"
-            )
+    layers, found = lora_layers(model, adapter_name), owners(model, adapter_name)
+    if needed:
+        _check_can_match(model, adapter_name, layers, found)
+    if not found:
         return None
-    if needed and getattr(config, "lora_bias", False):
-        raise LoraInitError("match_lr does not go with lora_bias=True: the bias would train at another rate")
-    layers = lora_layers(model, adapter_name)
     undo.remember_config(model, adapter_name)  # `mark_started` puts another in its place
     for _, layer in layers:
         _remember(layer, adapter_name, undo)
-    before: Scalings | None = config.__dict__.get(_MARK)
-    if before is None:
-        return Scalings({name: layer.scaling[adapter_name] for name, layer in layers})
-    _replace_config(model, adapter_name, before.alpha_pattern, None)
-    for name, layer in layers:
-        _set(layer, adapter_name, before.by_layer[name])
-    return Scalings(before.by_layer)
+    for owner in found:
+        before: Scalings | None = owner.configs[adapter_name].__dict__.get(_MARK)
+        if before is not None:
+            _replace_config(owner, adapter_name, before.alpha_pattern, None)
+            for name, _, layer in owner.layers:
+                _set(layer, adapter_name, before.by_layer[name])
+    return Scalings({name: layer.scaling[adapter_name] for name, layer in layers})
+
+
+def _check_can_match(
+    model: nn.Module, adapter_name: str, layers: list[tuple[str, LoraLayer]], found: list[Owner]
+) -> None:
+    """Raise if the scaling of a layer cannot be changed for good."""
+    held = {id(layer) for owner in found for _, _, layer in owner.layers}
+    if any(id(layer) not in held for _, layer in layers):
+        raise LoraInitError(
+            f"match_lr changes the scaling of each layer, and {type(model).__name__} holds no LoraConfig for "
+            f"adapter '{adapter_name}' to save it in; pass the PeftModel, or the model that has add_adapter"
+        )
+    if any(getattr(owner.configs[adapter_name], "lora_bias", False) for owner in found):
+        raise LoraInitError("match_lr does not go with lora_bias=True: the bias would train at another rate")
 
 
 def match(site: LoraSite) -> float | None:
@@ -112,27 +120,31 @@ def scale(site: LoraSite, ratio: float) -> None:
 
 
 def finish(model: nn.Module, adapter_name: str, user: Scalings | None) -> None:
-    """Write the layers' alphas into (a copy of) the config, and remember what the user gave."""
-    config = adapter_config(model, adapter_name)
-    if user is None or config is None:
+    """Write the layers' alphas into (copies of) the configs, and remember what the user gave."""
+    if user is None:
         return
-    changed = {
-        "^" + re.escape(pattern_name(name, layer)): layer.lora_alpha[adapter_name]
-        for name, layer in lora_layers(model, adapter_name)
-        if layer.scaling[adapter_name] != user.by_layer[name]
-    }
-    if changed:
-        pattern = dict(config.alpha_pattern or {})
-        # PEFT takes the first pattern that fits
-        ours = changed | {k: v for k, v in pattern.items() if k not in changed}
-        _replace_config(model, adapter_name, ours, Scalings(user.by_layer, pattern))
+    for owner in owners(model, adapter_name):
+        changed = {
+            "^" + re.escape(pattern_name(name, layer)): layer.lora_alpha[adapter_name]
+            for name, path, layer in owner.layers
+            if layer.scaling[adapter_name] != user.by_layer[path]
+        }
+        if changed:
+            given = {name: user.by_layer[path] for name, path, _ in owner.layers}
+            pattern = dict(owner.configs[adapter_name].alpha_pattern or {})
+            # PEFT takes the first pattern that fits
+            ours = changed | {k: v for k, v in pattern.items() if k not in changed}
+            _replace_config(owner, adapter_name, ours, Scalings(given, pattern))
 
 
 def user_scaling(model: nn.Module, site: LoraSite) -> float:
     """Return the scaling that the user gave a layer, whatever a start has made of it."""
-    config = adapter_config(model, site.adapter)
-    user: Scalings | None = config.__dict__.get(_MARK) if config is not None else None
-    return float(user.by_layer[site.name]) if user else site.scaling
+    for owner in owners(model, site.adapter):
+        user: Scalings | None = owner.configs[site.adapter].__dict__.get(_MARK)
+        for name, _, layer in owner.layers if user is not None else ():
+            if layer is site.layer and user is not None:
+                return float(user.by_layer[name])
+    return site.scaling
 
 
 def _set(layer: LoraLayer, adapter_name: str, scaling: float) -> None:
@@ -153,16 +165,15 @@ def _remember(layer: LoraLayer, adapter_name: str, undo: Undo) -> None:
 
 
 def _replace_config(
-    model: nn.Module, adapter_name: str, alpha_pattern: dict[str, Any] | None, mark: Scalings | None
+    owner: Owner, adapter_name: str, alpha_pattern: dict[str, Any] | None, mark: Scalings | None
 ) -> None:
     """Put a changed copy in the config's place: the user may have given the same config to other models."""
-    configs: dict[str, Any] = model.peft_config  # pyright: ignore[reportAssignmentType]
-    new = copy.copy(configs[adapter_name])
+    new = copy.copy(owner.configs[adapter_name])
     new.alpha_pattern = dict(alpha_pattern or {})
     new.__dict__.pop(_MARK, None)
     if mark is not None:
         new.__dict__[_MARK] = mark
-    configs[adapter_name] = new
+    owner.configs[adapter_name] = new
 
 
 def tidy(alpha: float) -> int | float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +24,7 @@ from . import offset
 from .quantized import dequantized, is_quantized, misread_by_peft
 
 _PEFT_PREFIX = "base_model.model."
+_COMPILED = "_orig_mod."
 _KINDS = ("linear", "conv1d", "conv")
 # PEFT's variants of LoRA that apply B and A as plain LoRA does; the others put something between them or freeze one
 _PLAIN_VARIANTS = ("Dora", "ALora")
@@ -35,7 +37,8 @@ class LoraSite:
     """One LoRA layer that a method can start.
 
     Attributes:
-        name: module path in the base model (without PEFT's ``base_model.model.``), as in the saved adapter's keys.
+        name: module path in the model (without PEFT's ``base_model.model.`` in front), as in the saved adapter's keys;
+            where PEFT's model is inside another one, the path from the outer one.
         layer: the PEFT layer.
         adapter: name of the adapter on that layer.
         kind: ``"linear"``, ``"conv1d"`` (GPT-2's transposed linear), ``"conv"`` (Conv1d/2d/3d) or ``"experts"`` (see
@@ -186,7 +189,7 @@ def trained_shape(module: nn.Module) -> tuple[int, int]:
 
 def site_name(module_name: str) -> str:
     """Strip PEFT's wrapper prefix, and those of compiled modules, from a module path."""
-    return module_name.replace("_orig_mod.", "").removeprefix(_PEFT_PREFIX)
+    return module_name.replace(_COMPILED, "").removeprefix(_PEFT_PREFIX)
 
 
 def pattern_name(name: str, layer: LoraLayer) -> str:
@@ -197,10 +200,75 @@ def pattern_name(name: str, layer: LoraLayer) -> str:
 
 
 def adapter_config(model: nn.Module, adapter_name: str) -> LoraConfig | None:
-    """Return the config of an adapter; None where the model holds none, as bare layers do."""
+    """Return the config of an adapter that the model itself holds; None where it holds none, as bare layers do."""
     configs = getattr(model, "peft_config", None)
     config = configs.get(adapter_name) if isinstance(configs, dict) else None
     return config if isinstance(config, LoraConfig) else None
+
+
+class Owner(NamedTuple):
+    """A model that PEFT has put an adapter into, and that holds its config; it may be a part of another model.
+
+    Attributes:
+        prefix: what its layers' names begin with in the whole model, beyond those that they are saved with.
+        configs: by adapter name.
+        layers: of the adapter: the name that it is saved with, the path in the whole model, and the layer.
+    """
+
+    prefix: str
+    configs: dict[str, Any]
+    layers: list[tuple[str, str, LoraLayer]]
+
+
+def config_holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """Yield every module in a model that holds configs of adapters, with its path and these configs, outer ones first.
+
+    PEFT's wrappers and the model that they wrap hold the very same dictionary.
+    """
+    for path, module in model.named_modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict) and all(isinstance(config, PeftConfig) for config in configs.values()):
+            yield path, module, configs
+
+
+def owners(model: nn.Module, adapter_name: str) -> list[Owner]:
+    """Return what holds the config of a LoRA adapter, wherever it sits in a model, outer models first."""
+    # of those with the same configs the innermost: layers are saved under their paths in it
+    innermost = {id(configs): (path, module, configs) for path, module, configs in config_holders(model)}
+    paths = {id(layer): site_name(path) for path, layer in _with_adapter(model, adapter_name)}
+    found: list[Owner] = []
+    for path, module, configs in innermost.values():
+        layers = _with_adapter(module, adapter_name)
+        if layers and isinstance(configs.get(adapter_name), LoraConfig):
+            named = [(below.replace(_COMPILED, ""), paths[id(layer)], layer) for below, layer in layers]
+            found.append(Owner(site_name(f"{path}." if path else ""), configs, named))
+    return found
+
+
+def owning(model: nn.Module, adapter_name: str) -> nn.Module:
+    """Return what in a model can save an adapter: the model itself, or the one part of it that holds its config.
+
+    Raises:
+        LoraInitError: several parts have an adapter of that name.
+    """
+    first: dict[int, tuple[str, nn.Module]] = {}
+    for path, module, configs in config_holders(model):
+        # a compiled module shows the configs of the one inside, but names its tensors otherwise
+        if adapter_name in configs and "_orig_mod" not in module._modules:
+            first.setdefault(id(configs), (path.replace("_orig_mod", "").strip("."), module))
+    outermost = next(iter(first.values()), ("", model))
+    if outermost[0] and len(first) > 1:
+        raise LoraInitError(
+            f"{type(model).__name__} holds several models with an adapter '{adapter_name}' "
+            f"({', '.join(repr(path) for path, _ in first.values())}): pass one of them"
+        )
+    return outermost[1]
+
+
+def _with_adapter(model: nn.Module, adapter_name: str) -> list[tuple[str, LoraLayer]]:
+    """Return the path and the layer of every LoRA layer that carries an adapter, in module order."""
+    every = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+    return [(path, m) for path, m in every if adapter_name in m.lora_A or adapter_name in m.lora_embedding_A]
 
 
 def base_editing_init(config: object) -> str | None:
@@ -215,17 +283,29 @@ def lora_layers(model: nn.Module, adapter_name: str) -> list[tuple[str, LoraLaye
     Raises:
         LoraInitError: no LoRA layer at all, or none with that adapter (the message lists the adapters there are).
     """
-    every = [(site_name(n), m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
+    if chosen := _with_adapter(model, adapter_name):
+        return [(site_name(path), layer) for path, layer in chosen]
+    every = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not every:
         raise LoraInitError(
-            f"{type(model).__name__} has no PEFT LoRA layers; wrap it with peft.get_peft_model(model, LoraConfig(...)) "
-            "or add an adapter with model.add_adapter(LoraConfig(...)) first"
+            f"{type(model).__name__} has no PEFT LoRA layers{_other_adapters(model)}; wrap it with peft.get_peft_model("
+            "model, LoraConfig(...)) or add an adapter with model.add_adapter(LoraConfig(...)) first"
         )
-    chosen = [(n, m) for n, m in every if adapter_name in m.lora_A or adapter_name in m.lora_embedding_A]
-    if not chosen:
-        present = sorted({a for _, m in every for a in (*m.lora_A, *m.lora_embedding_A)})
-        raise LoraInitError(f"no LoRA layer carries the adapter '{adapter_name}'; adapters on this model: {present}")
-    return chosen
+    present = sorted({adapter for layer in every for adapter in (*layer.lora_A, *layer.lora_embedding_A)})
+    raise LoraInitError(f"no LoRA layer carries the adapter '{adapter_name}'; adapters on this model: {present}")
+
+
+def _other_adapters(model: nn.Module) -> str:
+    """Return, for a message, which adapters a model has that are no LoRA."""
+    kinds = {
+        name: getattr(config.peft_type, "value", config.peft_type)
+        for _, _, configs in config_holders(model)
+        for name, config in configs.items()
+    }
+    if not kinds:
+        return ""
+    listed = ", ".join(f"'{name}' is {kind}" for name, kind in kinds.items())
+    return f" (its adapter {listed}, and lorainit starts LoRA alone)"
 
 
 def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[LoraSite], dict[str, str]]:
@@ -236,8 +316,8 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
         expert parameters, grouped or dilated convolutions, variants of LoRA, unknown layer types).
 
     Raises:
-        LoraInitError: no LoRA, an unknown adapter, an adapter that is merged into any layer of the model, or a layer
-            whose scaling is 0.
+        LoraInitError: no LoRA, an unknown adapter, an adapter that is merged into any layer of the model, a PEFT model
+            inside another one, or a layer whose scaling is 0.
         UnsupportedLayerError: a layer whose factors or weight are not all here: on the meta device, offloaded, or split
             in another way than FSDP2's; or factors that ZeRO-3 partitions.
     """
@@ -246,6 +326,8 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
     wrapped = sharding.wrapping(model)
     layers = lora_layers(model, adapter_name)
     check_unmerged(model)
+    _check_not_nested(model, adapter_name)
+    of_attention = _attention_outputs(model)
     of_embeddings = _embedding_storages(layers, adapter_name)
     for name, layer in layers:
         if layer.scaling[adapter_name] == 0:
@@ -253,7 +335,7 @@ def find_sites(model: nn.Module, adapter_name: str = "default") -> tuple[list[Lo
                 f"layer '{name}': the scaling of adapter '{adapter_name}' is 0 (lora_alpha=0): it would never change "
                 "anything"
             )
-        kind = _kind(layer, adapter_name, of_embeddings)
+        kind = of_attention.get(id(layer)) or _kind(layer, adapter_name, of_embeddings)
         if kind not in _KINDS:
             unsupported[name] = kind
             continue
@@ -283,6 +365,33 @@ def check_unmerged(model: nn.Module, but: str | None = None) -> None:
                 raise LoraInitError(
                     f"layer '{site_name(name)}': adapter '{adapter}' is merged into the base; unmerge it first"
                 )
+
+
+def _check_not_nested(model: nn.Module, adapter_name: str) -> None:
+    """Raise if a layer with the adapter is in a PEFT model inside another: it is saved by a name that nothing loads."""
+    wrappers = [path for path, module in model.named_modules() if isinstance(module, (PeftModel, PeftMixedModel))]
+    for path, _ in _with_adapter(model, adapter_name):
+        around = [wrapper for wrapper in wrappers if not wrapper or path.startswith(f"{wrapper}.")]
+        if len(around) > 1:
+            raise LoraInitError(
+                f"layer '{site_name(path)}' is in a PeftModel ('{around[-1]}') inside a PeftModel, and what PEFT saves "
+                "of that, PEFT does not load; for a second adapter use model.add_adapter(name, config) of the inner "
+                "one, or take its adapter off first (unload, merge_and_unload)"
+            )
+
+
+def _attention_outputs(model: nn.Module) -> dict[int, str]:
+    """Return why the output layers of `torch.nn.MultiheadAttention` cannot be started, by the layer's id."""
+    found: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, MultiheadAttention):
+            found[id(module.get_base_layer().out_proj)] = (
+                "PEFT gives it the rank and the scaling of the MultiheadAttention around it, which cannot be started"
+            )
+        elif isinstance(module, nn.MultiheadAttention):
+            reason = "MultiheadAttention takes its weight without running it, so that PEFT's adapter has no effect"
+            found.setdefault(id(module.out_proj), reason)
+    return found
 
 
 def _storage(tensor: Tensor) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from . import offset, switches
-from .sites import LoraSite, adapter_config
+from .sites import LoraSite, owners
 
 
 class Undo:
@@ -42,15 +41,13 @@ class Undo:
         self._tensors.append((tensor, tensor.detach().clone()))
 
     def remember_config(self, model: nn.Module, adapter_name: str) -> None:
-        """Note the adapter's config, if it has one, and the class of the tuner that holds it: a start replaces both."""
-        config = adapter_config(model, adapter_name)
-        if config is None:
-            return
-        configs: dict[str, Any] = model.peft_config  # pyright: ignore[reportAssignmentType]
+        """Note the adapter's config, wherever it is held, and the class of what holds it: others take their places."""
+        before = [(owner.configs, owner.configs[adapter_name]) for owner in owners(model, adapter_name)]
         tuners = [(module, type(module)) for module in model.modules() if isinstance(module, BaseTuner)]
 
         def put_back() -> None:
-            configs[adapter_name] = config
+            for configs, config in before:
+                configs[adapter_name] = config
             for tuner, kind in tuners:
                 tuner.__class__ = kind
 

@@ -142,10 +142,10 @@ def _check_start(site: LoraSite, largest_A: float, largest_B: float) -> None:
 
 def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
     """Raise if a base weight cannot be edited without side effects: quantized, shared, or saved with the adapter."""
-    embeddings = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
-    owners: dict[int, list[str]] = {}
+    embeddings = [_embedding(model, get) for get in ("get_input_embeddings", "get_output_embeddings")]
+    holders: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        holders.setdefault(id(parameter), []).append(name)
     for site in sites:
         if site.kind == "experts":
             raise UnsupportedLayerError(
@@ -163,7 +163,7 @@ def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
                 "ALoraLinearVariant only to those after its invocation; use base='offset'"
             )
         own = f"{site.name}.base_layer.weight"
-        others = [name for name in owners.get(id(weight), []) if site_name(name) != own]
+        others = [name for name in holders.get(id(weight), []) if site_name(name) != own]
         if others:
             raise UnsupportedLayerError(
                 f"layer '{site.name}': base='subtract' would also edit {', '.join(others)}, which shares its weight; "
@@ -174,6 +174,14 @@ def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
                 f"layer '{site.name}': PEFT writes the weight of an adapted output layer into every checkpoint, where "
                 "one that base='subtract' has edited would pass for the original; use base='offset'"
             )
+
+
+def _embedding(model: nn.Module, get: str) -> nn.Module | None:
+    """Return an embedding that Transformers' models give; None for a model of something else than text."""
+    try:
+        return getattr(model, get, lambda: None)()
+    except NotImplementedError:
+        return None
 
 
 def _subtract(site: LoraSite, undo: Undo) -> None:

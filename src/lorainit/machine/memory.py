@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 
+import numpy as np
 import torch
 
 from ..errors import LoraInitError
@@ -32,8 +33,12 @@ def parse_bytes(amount: int | str | None) -> int | None:
         >>> parse_bytes("2 KiB")
         2048
     """
-    if amount is None or isinstance(amount, int):
-        return amount
+    if amount is None:
+        return None
+    if isinstance(amount, (int, float, np.integer)) and not isinstance(amount, bool) and amount == amount // 1 >= 0:
+        return int(amount)
+    if not isinstance(amount, str):
+        raise LoraInitError(f"memory_budget={amount!r} is no memory size; write bytes, or for example '4GiB'")
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", amount)
     if not found:
         raise LoraInitError(f"memory_budget={amount!r} is no memory size; write bytes, or for example '4GiB'")

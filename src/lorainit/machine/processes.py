@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, distributed
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 
@@ -169,8 +169,8 @@ ALONE = Processes()
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the module that `DistributedDataParallel` wraps: its forward would synchronize buffers at every batch."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """Return the module that is copied to several devices or processes: its own forward says all there is to know."""
+    return model.module if isinstance(model, (DataParallel, DistributedDataParallel)) else model
 
 
 def shared_out(costs: Mapping[str, float], size: int) -> list[list[str]]:

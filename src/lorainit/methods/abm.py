@@ -7,7 +7,8 @@ is trained for T steps on
     L = (1/K) Σ_k c_k · mean max(0, m − τz)²        (eq. 22; see `lorainit.boundaries.loss`)
 
 and then handed to ordinary training. The start is a first step of the function: s·BA is kept. Where the origin itself
-has B₀A₀ ≠ 0 and is meant to preserve the function, *its* product is what the offset form freezes.
+has B₀A₀ ≠ 0 and is meant to preserve the function, *its* product is what the offset form freezes. ``base="offset"`` by
+name freezes what the steps come to instead: the function is the base's, only the factors are those of the matching.
 """
 
 from __future__ import annotations
@@ -87,6 +88,11 @@ class ABMLoRA(Options, TrainedMethod):
         """What the origin's BA means for the base; what the training adds is always kept."""
         origin = self.origin_method
         return "preserve" if origin is not None and origin.product == "preserve" else "step"
+
+    @property
+    def continues(self) -> bool:
+        """Whether the adapter's own values are the origin."""
+        return self.origin == "keep"
 
     @property
     def reads(self) -> tuple[int | None, int | None]:

@@ -50,6 +50,11 @@ class Method(abc.ABC):
         """Whether batches of the task are of use to it."""
         return self.info.needs_data
 
+    @property
+    def continues(self) -> bool:
+        """Whether it sets out from the values that the adapter has, which may have been trained."""
+        return False
+
     @abc.abstractmethod
     def start(self, *args: Any, **kwargs: Any) -> Factors:
         """Return the start of one layer: ``start(site, generator)``, or ``start(site, generator, statistics)``.
@@ -108,8 +113,9 @@ class Fit(NamedTuple):
 class TrainedMethod(Method):
     """A start that is found by training the adapters for a few steps before the training proper.
 
-    `Method.start` is then the point of one layer from which that short training sets out. What happens to the base is
-    decided there: an offset start freezes *that* point's B₀A₀, so that all the training adds takes effect.
+    `Method.start` is then the point of one layer from which that short training sets out. Under ``base="auto"`` what
+    happens to the base is decided there: an offset freezes *that* point's B₀A₀, so that all the training adds takes
+    effect. ``"offset"`` and ``"subtract"`` by name hold what they promise: they take the point that it ends at.
     """
 
     @property

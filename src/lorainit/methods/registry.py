@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -102,9 +103,15 @@ def get_method(method: str | Method, **options: Any) -> Method:
         if options:
             raise LoraInitError(f"options {sorted(options)} were given beside a ready {type(method).__name__} object")
         return method
+    if isinstance(method, type) and issubclass(method, Method):
+        name = method.__name__
+        raise LoraInitError(f"a method is a name or a lorainit method object, got the class {name}: add (), {name}()")
     if not isinstance(method, str):
         raise LoraInitError(f"a method is a name or a lorainit method object, got {method!r}")
-    cls = _METHODS.get(method.lower())
+    if found := re.fullmatch(r"pissa_niter_(\d+)", method.lower()):  # PEFT's name for it
+        return get_method("pissa", **({"iterations": int(found[1])} | options))
+    # PEFT writes lora_ga
+    cls = _METHODS.get(method.lower()) or _METHODS.get(method.lower().replace("_", "-"))
     if cls is None:
         near = difflib.get_close_matches(method.lower(), _METHODS, n=3)
         hint = (

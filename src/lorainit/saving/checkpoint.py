@@ -29,7 +29,16 @@ from ..adapter.experts import find_experts
 from ..adapter.quantized import unpacked
 from ..adapter.rank import resize
 from ..adapter.scaling import begin, finish, scale
-from ..adapter.sites import LoraSite, adapter_config, check_unmerged, find_sites, lora_layers, pattern_name, site_name
+from ..adapter.sites import (
+    LoraSite,
+    adapter_config,
+    check_unmerged,
+    find_sites,
+    lora_layers,
+    owning,
+    pattern_name,
+    site_name,
+)
 from ..adapter.undo import all_or_nothing
 from ..errors import LoraInitError
 from ..machine.sharding import is_partitioned
@@ -87,6 +96,7 @@ def save_pretrained(
             with another forward, or one for which PEFT has edited the base.
     """
     _check_rank(rank)
+    model = owning(model, adapter_name)
     layers = lora_layers(model, adapter_name)
     _check_here(layers, adapter_name)
     _check_not_wrapped(model)
@@ -209,6 +219,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         LoraInitError: not such a checkpoint, or one of another configuration; the model is then as it was.
     """
     path = Path(path)
+    model = owning(model, adapter_name)
     record = read_provenance(path)
     if record.get("form") != "training":
         raise LoraInitError(
@@ -247,7 +258,11 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = 
         # PEFT before 0.20 looks for the names as they are, prefix and all, and passes over what it does not find
         prefix = PREFIX if any(name.startswith(PREFIX) for name, _ in model.named_parameters()) else ""
         tensors = {prefix + name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-        set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+        if homeless := set_peft_model_state_dict(model, tensors, adapter_name=adapter_name).unexpected_keys:
+            raise LoraInitError(
+                f"{path}: PEFT finds no place for {homeless[0]} ({len(homeless)} such tensors); is the base compiled "
+                "inside the PeftModel? compile the PeftModel instead"
+            )
         finish(model, adapter_name, scalings)
         mark_started(model, adapter_name, report)
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from ..adapter import offset
-from ..adapter.sites import adapter_config, lora_layers, pattern_name
+from ..adapter.sites import Owner, owners, pattern_name
 from ..errors import LoraInitError
 from ..report import InitReport
 from .folder import (
@@ -94,33 +95,48 @@ class StartedLoraModel(LoraModel):
 def mark_started(model: nn.Module, adapter_name: str, report: InitReport) -> None:
     """Replace the adapter's config by one that saves what the adapter now is, and remembers where it came from.
 
+    In every model that holds one, wherever it sits; bare layers without a config PEFT could not save either.
+
     Raises:
         LoraInitError: PEFT would leave trained biases out of what it saves.
     """
-    config = adapter_config(model, adapter_name)
-    if config is None:
-        return  # bare layers without a PEFT config: nothing of PEFT's could save them either
+    found = owners(model, adapter_name)
+    for owner in found:
+        owner.configs[adapter_name] = _started(owner, adapter_name, report)
+    if any(_in_offset_form(layer, adapter_name) for owner in found for _, _, layer in owner.layers):
+        for tuner in model.modules():
+            if type(tuner) is LoraModel:
+                tuner.__class__ = StartedLoraModel
+
+
+def _started(owner: Owner, adapter_name: str, report: InitReport) -> StartedLoraConfig:
+    """Return the config of a started adapter, in one of the models that hold it."""
+    config = owner.configs[adapter_name]
     check_biases_are_saved(config)
-    layers = lora_layers(model, adapter_name)
-    offset_layers = [name for name, layer in layers if _in_offset_form(layer, adapter_name)]
+    offset_layers = [name for name, _, layer in owner.layers if _in_offset_form(layer, adapter_name)]
     ranks = {
         pattern_name(name, layer): (
             layer.r[adapter_name] * (2 if _in_offset_form(layer, adapter_name) else 1),
             float(layer.scaling[adapter_name]),
         )
-        for name, layer in layers
+        for name, _, layer in owner.layers
     }
+    start = _report_of(owner, report).to_dict()
     started = copy.copy(config)
     started.__class__ = StartedLoraConfig
     started.__dict__["_plain"] = plain_fields(config, ranks)
-    started.__dict__["_rows"] = {name: _saved_rows(layer, adapter_name) for name, layer in layers}
-    started.__dict__["_provenance"] = provenance(form="training", offset_layers=offset_layers, start=report.to_dict())
-    if offset_layers:
-        for tuner in model.modules():
-            if type(tuner) is LoraModel:
-                tuner.__class__ = StartedLoraModel
-    configs: dict[str, Any] = model.peft_config  # pyright: ignore[reportAssignmentType]
-    configs[adapter_name] = started
+    started.__dict__["_rows"] = {name: _saved_rows(layer, adapter_name) for name, _, layer in owner.layers}
+    started.__dict__["_provenance"] = provenance(form="training", offset_layers=offset_layers, start=start)
+    return started
+
+
+def _report_of(owner: Owner, report: InitReport) -> InitReport:
+    """Return what a report says of the layers of one model, by the names that they are saved with."""
+    if not owner.prefix:
+        return report
+    own = (row for row in report.layers if row.name.startswith(owner.prefix))
+    rows = (dataclasses.replace(row, name=row.name.removeprefix(owner.prefix)) for row in own)
+    return dataclasses.replace(report, layers=tuple(rows))
 
 
 def _in_offset_form(layer: LoraLayer, adapter_name: str) -> bool:

@@ -48,17 +48,27 @@ class Call:
     processes: Processes
     progress: bool
     loss_function: LossFunction | None = None
+    overwrite: bool = False
     chosen: Choice | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without the model.
 
         Raises:
-            LoraInitError: a value that is none of the choices.
+            LoraInitError: a value that is none of the choices, or of another kind than is meant.
         """
+        check_model(self.model)
         check_choice("base", self.base, ("auto", *get_args(Base)))
         check_choice("on_unsupported", self.skip, ("error", "default"))
         check_choice("match_lr", self.match_lr, (False, True, "curvature"))
+        check_choice("overwrite", self.overwrite, (False, True))
+        check_count("max_batches", self.max_batches)
+        check_count("micro_batch", self.micro_batch)
+        check_batches("proxy_data", self.proxy_data)
+        if not (self.cache is None or isinstance(self.cache, (str, os.PathLike))):
+            raise LoraInitError(f"cache={self.cache!r} is neither None nor a path")
+        if not isinstance(self.asked, Auto):
+            _ = self.rule  # an unknown one, or one that is not for this method
 
     @property
     def method(self) -> Method:
@@ -73,19 +83,30 @@ class Call:
     @property
     def treatment(self) -> Base:
         """What is done about BA."""
-        if self.base != "auto":
-            return self.base
+        return self._meant if self.base == "auto" else self.base
+
+    @property
+    def settles(self) -> bool:
+        """Whether what a short training comes to is no longer to show: no-op at step 0 was asked for by name."""
+        return isinstance(self.method, TrainedMethod) and self.base in ("offset", "subtract")
+
+    @property
+    def written_as(self) -> Base:
+        """What is done about BA when the start is written, which a method's short training may then move."""
+        return self._meant if self.settles else self.treatment
+
+    @property
+    def _meant(self) -> Base:
+        """What the method's paper does about BA."""
         return "offset" if self.method.product == "preserve" else "keep"
 
 
 def choose(call: Call) -> Call:
     """Return the call with the choice of `Auto` made; the fresh adapter is diagnosed only if that can change it."""
     auto = call.asked
-    if isinstance(call.data, Iterator) and (isinstance(auto, Auto) or call.match_lr == "curvature"):
-        # it is read before or after the start too
-        call = dataclasses.replace(call, data=list(itertools.islice(call.data, call.max_batches)))
     if not isinstance(auto, Auto):
         return call
+    call = keep_data(call)
     data = call.data
     features: dict[str, float] = {}
     if data is not None and any(entry.where for entry in auto.table() if entry.helps):
@@ -131,6 +152,50 @@ def _needs_loss(call: Call) -> bool:
     if isinstance(method, TrainedMethod):
         return "backward" in method.info.needs
     return method.request is not None and method.request.needs_gradients
+
+
+def keep_data(call: Call) -> Call:
+    """Return the call with data that can be read more than once: before the start, or after it, too."""
+    if not isinstance(call.data, Iterator):
+        return call
+    return dataclasses.replace(call, data=list(itertools.islice(call.data, call.max_batches)))
+
+
+def check_model(model: Any) -> None:
+    """Raise unless a model is a module."""
+    if not isinstance(model, nn.Module):
+        raise LoraInitError(
+            f"model must be a torch module with PEFT's LoRA layers, got {model!r}"
+            if model is None or isinstance(model, str)
+            else f"model must be a torch module with PEFT's LoRA layers, got a {type(model).__name__}"
+        )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise unless a number is a positive integer, or None."""
+    if value is None:
+        return
+    if isinstance(value, bool):
+        raise LoraInitError(f"{name} must be an integer, got {value!r}")
+    if as_integer(name, value) < 1:
+        raise LoraInitError(f"{name} must be ≥ 1 or None, got {value!r}")
+
+
+def check_batches(name: str, data: Any) -> None:
+    """Raise on what is known to be no batches, without reading any: one batch, or a dataset of rows."""
+    if data is None:
+        return
+    if isinstance(data, (Tensor, Mapping, str, bytes)):
+        what = f"a tensor of shape {tuple(data.shape)}" if isinstance(data, Tensor) else f"a {type(data).__name__}"
+        raise LoraInitError(f"{name} must be batches as the model takes them, got {what}; of a single batch: [batch]")
+    by_index = hasattr(data, "__getitem__") and not hasattr(data, "__iter__")
+    if by_index or (hasattr(data, "column_names") and hasattr(data, "__len__")):
+        raise LoraInitError(
+            f"{name} is a dataset of rows ({type(data).__name__}): pass torch.utils.data.DataLoader(dataset, "
+            "batch_size=8, collate_fn=...), which makes batches as the model takes them"
+        )
+    if not isinstance(data, Iterable):
+        raise LoraInitError(f"{name} must be an iterable of batches, got {data!r}")
 
 
 def as_integer(name: str, value: Any) -> int:

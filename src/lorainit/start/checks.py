@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..adapter import offset
 from ..adapter.offset import is_attached
-from ..adapter.sites import LoraSite, base_editing_init
+from ..adapter.sites import LoraSite, base_editing_init, config_holders
 from ..errors import LoraInitError, UnsupportedLayerError
 from ..machine import sharding
 from ..methods import Method
@@ -123,27 +123,25 @@ def check_agreement(call: Call, sites: list[LoraSite]) -> None:
             )
 
 
-def check_startable(
-    model: nn.Module,
-    adapter_name: str,
-    sites: list[LoraSite],
-    unsupported: dict[str, str],
-    method: Method,
-    on_unsupported: str,
-) -> None:
-    """Raise on anything that is known to be wrong before a single value is computed."""
+def check_base(model: nn.Module, sites: list[LoraSite]) -> None:
+    """Raise if the base weights are no longer those that were loaded."""
     # one edited layer is enough for "the base" to be a damaged one, whichever adapter it was edited for
-    for name, config in getattr(model, "peft_config", {}).items():
-        if peft_init := base_editing_init(config):
-            raise LoraInitError(
-                f"adapter '{name}' was made with init_lora_weights={peft_init!r}, which has edited the base weights; "
-                "reload the base model and use init_lora_weights=True"
-            )
+    for _, _, configs in config_holders(model):
+        for name, config in configs.items():
+            if peft_init := base_editing_init(config):
+                raise LoraInitError(
+                    f"adapter '{name}' was made with init_lora_weights={peft_init!r}, which has edited the base "
+                    "weights; reload the base model and use init_lora_weights=True"
+                )
     edited = [s.name for s in sites if any(is_attached(m) and m.base_edited for m in s.layer.lora_A.values())]
     if edited:
         raise LoraInitError(
             f"layer '{edited[0]}': the base was edited by an earlier start with base='subtract'; reload the base model"
         )
+
+
+def check_startable(sites: list[LoraSite], unsupported: dict[str, str], method: Method, on_unsupported: str) -> None:
+    """Raise if a layer cannot be started, unless such layers are to be left alone."""
     if unsupported and on_unsupported == "error":
         listed = "; ".join(f"'{name}': {reason}" for name, reason in unsupported.items())
         raise UnsupportedLayerError(
@@ -165,7 +163,7 @@ def why_not_experts(method: Method, rule: RankRule, match_lr: bool | Literal["cu
     return "match_lr does not go with expert parameters" if match_lr else None
 
 
-def check_proxies(method: Method, batches: Iterable[Any] | None, proxies: Iterable[Any] | None) -> None:
+def check_proxies(method: Method, proxies: Iterable[Any] | None) -> None:
     """Raise unless there is a second set of batches just where the method compares with one."""
     if proxies is None:
         if method.comparison == "pairs" or getattr(method, "constraint", None) == "F1p":
@@ -173,6 +171,12 @@ def check_proxies(method: Method, batches: Iterable[Any] | None, proxies: Iterab
         return
     if method.comparison is None:
         raise LoraInitError(f"{method} compares with no second set of batches: leave proxy_data out")
+
+
+def check_rereadable(batches: Iterable[Any] | None, proxies: Iterable[Any] | None) -> None:
+    """Raise if one of two sets of batches can be read only once."""
+    if proxies is None:
+        return
     for name, given in (("data", batches), ("proxy_data", proxies)):
         if isinstance(given, Iterator):
             raise LoraInitError(f"{name} is read more than once here: pass a list or a DataLoader, not an iterator")

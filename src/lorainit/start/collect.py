@@ -23,14 +23,13 @@ from ..methods.method import TrainedMethod
 from ..numerics.seeds import layer_generator
 from ..report import LayerReport
 from ..statistics import LayerStatistics, Request
-from ..statistics.batches import check_max_batches
 from ..statistics.collect import collect as collect_sums
 from ..statistics.collect import collect_groups
 from ..statistics.pairs import collect_pairs
 from ..statistics.store import collect_cached
 from .budget import allocate
 from .call import Call
-from .checks import check_proxies
+from .checks import check_proxies, check_rereadable
 from .find import Plan
 from .rows import row_without_rank
 from .share import Known, each_layer
@@ -64,13 +63,14 @@ class Calibration:
             LoraInitError: data that are missing, not wanted or not to be read twice; a cache with a memory budget.
         """
         self._call = call
-        self.batches = usable_batches(call.method, call.data, call.max_batches, cached=call.cache is not None)
         self.remarks: list[str] = []
         self.source: dict[str, Any] | None = None
-        check_proxies(call.method, self.batches, call.proxy_data)
         self._request = _sums_to_collect(call)
         if self._request is not None and call.cache is not None and call.memory_budget is not None:
             raise LoraInitError("cache keeps the statistics of all layers together: it does not go with memory_budget")
+        check_proxies(call.method, call.proxy_data)
+        self.batches = usable_batches(call.method, call.data, call.max_batches, cached=call.cache is not None)
+        check_rereadable(self.batches, call.proxy_data)
         gradients = self._request is not None and self._request.needs_gradients
         if call.cache is not None and gradients and call.loss_function is not None:
             raise LoraInitError(
@@ -99,6 +99,7 @@ class Calibration:
         call = self._call
         options: dict[str, Any] = {"memory_budget": call.memory_budget, "micro_batch": call.micro_batch}
         options |= {"storage": call.storage, "processes": call.processes, "progress": call.progress}
+        options |= {"may_miss": call.skip == "default"}  # such a layer is then refused by itself
         if call.cache is None:
             data = () if self.batches is None else self.batches
             more = {"workspace": call.method.workspace, "remarks": self.remarks}
@@ -110,6 +111,7 @@ class Calibration:
         """Return the statistics of the batches to compare the data with, if the method compares."""
         call = self._call
         options: dict[str, Any] = {"storage": call.storage, "processes": call.processes, "progress": call.progress}
+        options |= {"may_miss": call.skip == "default"}
         if call.proxy_data is None:
             return {}
         if call.method.comparison == "pairs" and self.batches is not None:
@@ -206,9 +208,8 @@ def usable_batches(
     """Return the batches that the method may use; nothing for a data-free one, None where saved statistics stand in.
 
     Raises:
-        LoraInitError: it needs data, and there are none; or not even one batch is to be used.
+        LoraInitError: it needs data, and there are none.
     """
-    check_max_batches(max_batches)
     trained = isinstance(method, TrainedMethod)
     if method.request is None and not trained:
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -71,13 +72,38 @@ def as_batches(
         return Batches([data])
     if isinstance(data, DataLoader):
         return Batches(data)
+    made = functools.partial(
+        _made, processing=processing, collate_fn=collate_fn, batch_size=batch_size, max_length=max_length
+    )
+    return Batches(_lazily(data, made) if isinstance(data, Iterator) else _Unread(data, made))
+
+
+def _lazily(data: Iterator[Any], made: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
+    """Yield the batches of an iterator; nothing is read before the first one is asked for."""
+    yield from made(data)
+
+
+class _Unread:
+    """Data of which not even the first element is looked at before they are iterated."""
+
+    def __init__(self, data: Any, made: Callable[[Any], Iterable[Any]]) -> None:
+        self._data, self._made = data, made
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read the batches from the first one on."""
+        return iter(self._made(self._data))
+
+
+def _made(
+    data: Any, *, processing: Any | None, collate_fn: Collate | None, batch_size: int, max_length: int | None
+) -> Iterable[Any]:
+    """Return the batches of the data, which are batches already or rows: the first element tells."""
     first, data = _first(data)
     if first is None:  # no rows and no batches: what reads them says so
-        return Batches(data)
+        return data
     if not (_is_row(first) or collate_fn is not None or processing is not None):
-        return Batches(data)
-    collate = collate_fn or _collate_of(first, processing, max_length)
-    return Batches(_loader(data, collate, batch_size))
+        return data
+    return _loader(data, collate_fn or _collate_of(first, processing, max_length), batch_size)
 
 
 def _first(data: Any) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ from ..numerics.seeds import layer_generator
 from ..report import InitReport
 from ..statistics.storage import Offload, Storage
 from .budget import RankRule, Rule
-from .call import Call, as_integer, choose, with_batches
+from .call import Call, as_integer, with_batches
 from .checks import ordinary_tensors
 from .collect import collect
 from .data import summed
@@ -59,6 +59,7 @@ def initialize(
     match_lr: bool | Literal["curvature"] = False,
     process_group: Group | Literal["default"] | None = "default",
     progress: bool = True,
+    overwrite: bool = False,
 ) -> InitReport:
     """Give the LoRA adapters of a model better starting values, in place.
 
@@ -86,7 +87,8 @@ def initialize(
         seed: of everything random in the start, an integer. Each layer draws from its own stream, keyed by its name.
         base: what to do about BA ≠ 0. ``"offset"`` runs y = Wx + s(BA − B₀A₀)x with B₀A₀ frozen, exactly a no-op at
             step 0; ``"keep"`` lets the function move by s·BA; ``"subtract"`` edits the base, W ← W − s·B₀A₀. ``"auto"``
-            takes what the method's paper means: offset where the function is to be preserved, else keep.
+            takes what the method's paper means: offset where the function is to be preserved, else keep; `ABMLoRA`'s
+            short training then moves the function in any case.
         max_batches: use at most so many batches of ``data``.
         memory_budget: bytes ("4GiB") that statistics of the data may take at a time; layers then go in groups, and the
             data are run once a group. Default: all layers at once.
@@ -119,13 +121,16 @@ def initialize(
             for each process. A model that FSDP2 shards needs all processes that hold it. None: this process on its own
             (as in ``if rank == 0``); or another group.
         progress: show a progress bar.
+        overwrite: start an adapter that has been trained or loaded, too, whose values are then lost. Without, only a
+            fresh one is started, or one that stands where a start has put it. (Not asked for by ``ABMLoRA`` with
+            ``origin="keep"``, which goes on from these values.)
 
     Returns:
         The report: one row a layer; ``print`` it, or ``to_dict()`` for JSON.
 
     Raises:
-        LoraInitError: a wrong argument, a model without LoRA, an adapter that is merged, whose base PEFT has edited or
-            whose scaling is 0, or tensors that were made under `torch.inference_mode`.
+        LoraInitError: a wrong argument, a model without LoRA, an adapter that is merged, that has been trained, whose
+            base PEFT has edited or whose scaling is 0, or tensors that were made under `torch.inference_mode`.
         UnsupportedLayerError: a layer that the method cannot start.
         NonFiniteError: NaN or infinity in a weight or in the start.
 
@@ -159,6 +164,7 @@ def initialize(
             match_lr=match_lr,
             processes=processes,
             progress=progress,
+            overwrite=overwrite,
         )
         with _turn(processes), ordinary_tensors(call.model), _own_draws(call.model, call.seed):
             call = with_batches(call, processing=processing, collate_fn=collate_fn, batch_size=batch_size)
@@ -167,7 +173,7 @@ def initialize(
 
 def _initialize(call: Call, undo: Undo) -> InitReport:
     """Do what `initialize` does, in one of the processes that do it."""
-    plan = find(choose(call))
+    plan = find(call)
     call = plan.call
     undo.remember_switches(call.model)
     with unpacked(call.model), uncompiled():
@@ -176,8 +182,8 @@ def _initialize(call: Call, undo: Undo) -> InitReport:
             sums = collect(plan, undo)
             starts = solve(plan, sums)
             written = write(plan, starts, undo)
-            started = adjust(plan, sums, written, scalings)
-        return finish(plan, started, cost, scalings)
+            started = adjust(plan, sums, written, scalings, undo)
+        return finish(plan, started, cost, scalings, undo)
 
 
 def _turn(processes: Processes) -> contextlib.AbstractContextManager[object]:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..adapter import scaling
 from ..adapter.sites import LoraSite
@@ -16,7 +17,8 @@ from ..report import LayerReport
 from ..statistics.batches import LossFunction
 
 _BATCHES = 8
-CHANCE = 0.2  # so far below 1 may a ratio be between two draws of vanilla's own start
+_PRODUCTS = 24  # with the Hessian, at most: for this start and for vanilla's
+CHANCE = 0.2  # two draws of vanilla's own start differ by about this much
 
 
 def by_magnitude(sites: Sequence[LoraSite], rows: Mapping[str, LayerReport]) -> dict[str, LayerReport]:
@@ -41,6 +43,7 @@ def by_curvature(
     max_batches: int | None,
     seed: int,
     loss_function: LossFunction | None = None,
+    progress: bool = False,
 ) -> tuple[dict[str, LayerReport], dict[str, float]]:
     """Give all layers a smaller scale where the loss is nearer to instability than with vanilla's start.
 
@@ -48,13 +51,14 @@ def by_curvature(
 
     Args:
         model: the model.
-        sites: the started layers, matched `by_magnitude`.
+        sites: the started layers, matched `by_magnitude`, one at least.
         rows: of the report.
         data: batches with labels.
         scalings: the user's, which vanilla has, by layer.
         max_batches: use at most so many batches, and eight at most.
         seed: of vanilla's start and the eigenvalue's first vector.
         loss_function: (model, batch) -> (summed loss, number of terms); default: the model's own loss.
+        progress: show a progress bar.
 
     Returns:
         The rows, and what was found: ``sharpness``, ``vanilla_sharpness`` and the ``ratio`` that all layers were given.
@@ -65,14 +69,22 @@ def by_curvature(
     from ..diagnostics.curvature import AdapterLoss  # needs more than a start does
     from ..diagnostics.learning_rate import sharpness_beside_vanilla
 
-    kept = [site for site in sites if rows[site.name].rank > 0]
     most = min(max_batches or _BATCHES, _BATCHES)
-    loss = AdapterLoss(model, kept, data, max_batches=most, loss_function=loss_function)
-    here, vanilla = sharpness_beside_vanilla(loss, kept, scalings, seed=seed)
+    loss = AdapterLoss(model, sites, data, max_batches=most, loss_function=loss_function)
+    with tqdm(total=_PRODUCTS, desc="curvature", unit="product", disable=not progress, leave=False) as bar:
+        product = loss.hessian_product
+
+        def counted(vectors: Sequence[Tensor]) -> list[Tensor]:
+            found = product(vectors)
+            bar.update()
+            return found
+
+        loss.hessian_product = counted
+        here, vanilla = sharpness_beside_vanilla(loss, sites, scalings, seed=seed)
     ratio = math.sqrt(vanilla / here)
     ratio = ratio if ratio < 1 - CHANCE else 1.0
     found = dict(rows)
-    for site in kept:
+    for site in sites:
         row = rows[site.name]
         if row.rate_ratio is not None:
             total = row.rate_ratio * ratio

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..adapter.sites import LoraSite, on_cpu
@@ -120,15 +121,27 @@ def _shares(sites: Sequence[LoraSite], known: dict[str, Known], size: int) -> li
 
 
 def _work_on(site: LoraSite, known: Sequence[Known], work: Work, skip: str, *, alone: bool) -> Done:
-    """Do the work on a layer; once more on the CPU, if its device has not the memory for it."""
+    """Do the work on a layer; once more on the CPU, if its device has not the memory for it.
+
+    Raises:
+        UnsupportedLayerError: see `each_layer`; or its numbers are none that can be worked with.
+        LoraInitError: memory does not suffice.
+    """
     remarks: tuple[str, ...] = ()
     last = ""
     elsewhere = site.device.type != "cpu" and site.kind != "experts"
     try:
+        if site.kind != "experts" and any(sums.tokens == 0 for own in known for sums in own):
+            raise UnsupportedLayerError(f"layer '{site.name}' saw no token of the calibration data")
         for place in (site, on_cpu(site)) if elsewhere else (site,):
             try:
                 about, tensors = work(place, known)
                 return Done(site, about, [tensor.to(site.device) for tensor in tensors], None, remarks)
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+                raise UnsupportedLayerError(
+                    f"layer '{site.name}': its start cannot be computed ({str(error).splitlines()[0]}); is its weight, "
+                    f"of norm {site.weight_norm:.3g}, or are its statistics near the largest or the smallest number?"
+                ) from error
             except (RuntimeError, MemoryError) as error:
                 if not memory.ran_out(error):
                     raise

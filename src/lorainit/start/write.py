@@ -42,7 +42,7 @@ def write(plan: Plan, starts: Iterable[Done], undo: Undo) -> Written:
     written = Written({}, {})
     with tqdm(total=len(plan.sites), desc=f"{info.name} start", disable=not call.progress, leave=False) as bar:
         for done in starts:
-            row = write_layer(done, base=call.treatment, undo=undo, zero=info.product == "zero", skip=call.skip)
+            row = write_layer(done, base=call.written_as, undo=undo, zero=info.product == "zero", skip=call.skip)
             if isinstance(row, LayerReport):
                 written.rows[done.site.name] = row
             else:
@@ -99,6 +99,21 @@ def move(site: LoraSite, row: LayerReport, factors: Factors | None) -> LayerRepo
     remarks = (*row.warnings, *_layer_warnings(site, size, norm, "keep")) if base == "keep" else row.warnings
     return dataclasses.replace(
         row, base=base, relative_size=size / norm if norm > 0 else None, warnings=tuple(dict.fromkeys(remarks))
+    )
+
+
+def settle(site: LoraSite, row: LayerReport, factors: Factors | None, base: Base, undo: Undo) -> LayerReport:
+    """Write the factors that a short training came to, if any, as a start of their own: all of it is frozen, say."""
+    if factors is None:
+        factors = Factors(*(factor.clone() for factor in site.factors()))
+    held = write_start(site, factors, base, undo)
+    size, norm = site.update_norm(), site.weight_norm
+    return dataclasses.replace(
+        row,
+        base=base if held else "none",
+        relative_size=size / norm if norm > 0 else None,
+        extra_bytes=sum(f.numel() * f.element_size() for f in site.factors()) if held else 0,
+        warnings=(*row.warnings, *_layer_warnings(site, size, norm, base)),
     )
 
 

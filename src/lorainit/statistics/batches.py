@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraInitError
+from ..machine import memory
 from .architecture import is_encoder_decoder, shifts_labels
 from .row_cuts import RowCutter, like
 
@@ -66,7 +67,9 @@ def forward(model: nn.Module, batch: Any) -> Any:
         return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
     except LoraInitError:  # raised by a hook
         raise
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        if memory.ran_out(error) or str(error).startswith("Inference tensors cannot"):  # both are known elsewhere
+            raise
         raise LoraInitError(f"the model refuses a calibration batch ({describe(batch)}): {error}") from error
 
 
@@ -81,7 +84,7 @@ def count_rows(batch: Any) -> int:
     """Return the number of rows (sequences, images) in a batch: the length of its inputs, or of most of its tensors.
 
     Raises:
-        LoraInitError: it holds no tensor, or it is one row of a dataset.
+        LoraInitError: it holds no tensor, no row or no token, or ids that are none, or it is one row of a dataset.
     """
     fields = named_fields(batch)
     inputs = [fields[name] for name in _INPUTS if isinstance(fields.get(name), Tensor)]
@@ -94,7 +97,14 @@ def count_rows(batch: Any) -> int:
             f"a calibration batch ({describe(batch)}) is one row: its input_ids have one axis instead of two, rows × "
             "tokens; put the rows together with a DataLoader"
         )
-    return Counter(v.shape[0] for v in tensors).most_common(1)[0][0]
+    if isinstance(ids, Tensor) and ids.is_floating_point():
+        raise LoraInitError(f"a calibration batch ({describe(batch)}) has input_ids of {ids.dtype}: pass integers")
+    if any(v.numel() == 0 for v in inputs[:1]):
+        raise LoraInitError(f"a calibration batch ({describe(batch)}) is empty: it has no row, or rows of no token")
+    rows = Counter(v.shape[0] for v in tensors).most_common(1)[0][0]
+    if rows == 0:
+        raise LoraInitError(f"a calibration batch ({describe(batch)}) is empty: it has no row")
+    return rows
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

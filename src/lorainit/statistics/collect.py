@@ -38,6 +38,7 @@ def collect(
     micro_batch: int | None = None,
     storage: Storage = ON_DEVICE,
     processes: Processes = ALONE,
+    may_miss: bool = False,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
     """Run the base model (adapters off, eval mode) over the data and return the sums of every site by name.
@@ -57,6 +58,7 @@ def collect(
         processes: those whose data are shards of one whole: the sums are over all of them, the same in each. One that
             has no batch may be among them; of ``request.samples`` each takes its share, of ``max_batches`` all. Those
             that hold a model together (FSDP2) run their passes in step, see `lorainit.statistics.lockstep`.
+        may_miss: a layer may see no token; its sums are then None.
         progress: show a progress bar.
 
     Raises:
@@ -74,6 +76,7 @@ def collect(
         micro_batch=micro_batch,
         storage=storage,
         processes=processes,
+        may_miss=may_miss,
         progress=progress,
     )
     return {name: sums for _, statistics in groups for name, sums in statistics.items()}
@@ -92,6 +95,7 @@ def collect_groups(
     processes: Processes = ALONE,
     workspace: Workspace = lambda site: 0,
     remarks: list[str] | None = None,
+    may_miss: bool = False,
     progress: bool = True,
 ) -> Iterator[tuple[list[LoraSite], dict[str, LayerStatistics]]]:
     """Yield the groups of sites that fit the budget, each with its sums; arguments and errors as of `collect`.
@@ -111,7 +115,7 @@ def collect_groups(
     while pending:
         group = pending.pop(0)
         watch = Watch(model, [part for site in group for part in site.members], request, storage=storage)
-        found = _sums(watch, batches, max_batches, micro_batch, processes, progress)
+        found = _sums(watch, batches, max_batches, micro_batch, processes, progress, may_miss)
         del watch
         if found is None:
             memory.free()
@@ -140,19 +144,20 @@ def _sums(
     micro_batch: int | None,
     processes: Processes,
     progress: bool,
+    may_miss: bool,
 ) -> dict[str, LayerStatistics] | None:
     """Return the sums over the data of all processes; None where memory ran out in one of them."""
     found = None
     if all(processes.exchange(_run(watch, batches, max_batches, micro_batch, processes, progress))):
         all_reduce(watch.statistics, processes, {site.name: site.device for site in watch.sites}, watch.storage)
-        found = _finished(watch)
+        found = _finished(watch, may_miss)
     return found if all(processes.exchange(found is not None)) else None
 
 
-def _finished(watch: Watch) -> dict[str, LayerStatistics] | None:
+def _finished(watch: Watch, may_miss: bool) -> dict[str, LayerStatistics] | None:
     """Return the completed sums; None where memory runs out while they are completed."""
     try:
-        return watch.finish()
+        return watch.finish(may_miss=may_miss)
     except (RuntimeError, MemoryError) as error:
         if not memory.ran_out(error):
             raise

@@ -34,6 +34,7 @@ def collect_pairs(
     *,
     storage: Storage = ON_DEVICE,
     processes: Processes = ALONE,
+    may_miss: bool = False,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
     """Run the base model over pairs of batches and return, by layer name, the sums over the proxy's inputs x_p.
@@ -48,6 +49,7 @@ def collect_pairs(
         request: for its mask, dtype and number of samples.
         storage: where the sums are kept.
         processes: those whose pairs are shards of one whole, as in `lorainit.statistics.collect.collect`.
+        may_miss: a layer may see no token; its sums are then None.
         progress: show a progress bar.
 
     Raises:
@@ -64,7 +66,7 @@ def collect_pairs(
             both = zip(pair, masks or ({}, {}), strict=True)
             seen = [_inputs(model, watched, batch, mask, request, passes) for batch, mask in both]
             if masks is not None:
-                passes.attempt(_add, found, pair, *seen, storage)
+                passes.attempt(_add, found, pair, *seen, storage, may_miss)
     all_reduce(found, processes, {site.name: site.device for site in sites}, storage)
     return found
 
@@ -110,9 +112,12 @@ def _add(
     after: dict[str, list[Tensor]],
     before: dict[str, list[Tensor]],
     storage: Storage,
+    may_miss: bool,
 ) -> None:
     """Add the inputs on a batch of the data and on its pair to the sums."""
     for name, sums in found.items():
+        if may_miss and not (after[name] or before[name]):
+            continue
         if not (after[name] and before[name]):
             unseen = [n for n in found if not (after[n] and before[n])]
             raise LoraInitError(f"layer '{name}' saw no token of the calibration data ({len(unseen)} such layers)")

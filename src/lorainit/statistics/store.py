@@ -218,7 +218,7 @@ def _read(
             raise LoraInitError(f"'{path}' is damaged: layer '{site.name}' has counts {counts}")
         sums = LayerStatistics(**counts)
         sums.shared = leaders.setdefault(layer["input"], sums).shared
-        unseen = site.is_routed and sums.tokens == 0
+        unseen = sums.tokens == 0
         for stream, size in {} if unseen else _needed(site, request).items():
             wanted = stream if stream in layer["streams"] else _FULL_SUM.get(stream)
             if wanted is None or wanted not in layer["streams"]:

@@ -226,8 +226,8 @@ class Watch:
             self._idle = False
         self._rows_of_layouts = rows
 
-    def finish(self) -> dict[str, LayerStatistics]:
-        """Complete the sums and hand them over.
+    def finish(self, *, may_miss: bool = False) -> dict[str, LayerStatistics]:
+        """Complete the sums and hand them over; those of a layer that saw no token are None, where that ``may_miss``.
 
         Raises:
             LoraInitError: a layer that saw no token, or none that saw any data.
@@ -236,7 +236,7 @@ class Watch:
         found, self.statistics = self.statistics, {}
         if not any(statistics.sequences for statistics in found.values()):
             raise LoraInitError(NO_BATCH)
-        if unseen := self._unseen(found):
+        if not may_miss and (unseen := self._unseen(found)):
             kernel = " (or its experts run in a kernel that is not torch's)" if self._routed else ""
             raise LoraInitError(
                 f"layer '{unseen[0]}' saw no token of the calibration data{kernel} ({len(unseen)} such layers)"

@@ -92,7 +92,7 @@ def collected(statistics: LayerStatistics, names: Iterable[str]) -> dict[str, Te
     found = {name: getattr(statistics, name) for name in names}
     missing = sorted(name for name, value in found.items() if value is None)
     if missing:
-        raise ValueError(f"the statistics lack {missing}")
+        raise ValueError(f"the statistics lack {missing}: not collected, or the loss does not depend on this layer")
     if statistics.sequences < 1 or statistics.tokens < 1:
         raise ValueError("no calibration data reached it")
     return found
