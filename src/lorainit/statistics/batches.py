@@ -74,7 +74,7 @@ def forward(model: nn.Module, batch: Any) -> Any:
 
 
 def _is_about_the_batch(error: RuntimeError) -> bool:
-    """Say whether torch refuses a batch's shapes or types, not what is known elsewhere or comes from other processes."""
+    """Say whether torch refuses a batch's shapes or types; the rest is known elsewhere, or of other processes."""
     together = distributed.is_available() and distributed.is_initialized()
     return not (together or memory.ran_out(error) or str(error).startswith("Inference tensors cannot"))
 
