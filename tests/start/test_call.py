@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 import cases
 import lorainit
@@ -16,28 +15,6 @@ NAN = float("nan")
 
 class Unread:
     """Batches that nobody may ask for."""
-
-    def __iter__(self):
-        raise AssertionError("the data were read")
-
-
-class Rows(Dataset):
-    """A dataset by index, as torch has them."""
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        raise AssertionError("the data were read")
-
-
-class Columns:
-    """What a data set of the library `datasets` looks like."""
-
-    column_names = ("input_ids",)
-
-    def __len__(self):
-        return 4
 
     def __iter__(self):
         raise AssertionError("the data were read")
@@ -92,18 +69,14 @@ def test_a_trained_or_unsupported_adapter_is_found_before_any_data_are_read():
 
 IDS = torch.randint(cases.VOCAB, (3, 6))
 NO_BATCHES = {
-    "tensor": (IDS, r"data must be batches .*, got a tensor of shape \(3, 6\); of a single batch: \[batch\]"),
-    "batch": ({"input_ids": IDS}, "data must be batches .*, got a dict"),
-    "text": ("w1 w2", "data must be batches .*, got a str"),
-    "number": (3, "data must be an iterable of batches, got 3"),
-    "map-style": (Rows(), r"data is a dataset of rows \(Rows\): pass torch.utils.data.DataLoader"),
-    "datasets": (Columns(), r"data is a dataset of rows \(Columns\): pass torch.utils.data.DataLoader"),
+    "tensor": (IDS, r"data=a tensor \[3, 6\] are neither batches nor rows; write DataLoader"),
+    "text": ("w1 w2", "data=str 'w1 w2' are neither batches nor rows; write DataLoader"),
+    "number": (3, "data=int 3 are neither batches nor rows; write DataLoader"),
     "no rows": ([{"input_ids": IDS[:0], "labels": IDS[:0]}], r"input_ids\[0, 6\].* is empty: it has no row"),
     "no tokens": ([{"input_ids": IDS[:, :0], "labels": IDS[:, :0]}], r"input_ids\[3, 0\].* is empty: .* no token"),
     "float ids": ([{"input_ids": IDS.float(), "labels": IDS}], "input_ids of torch.float32: pass integers"),
     "unknown ids": ([{"input_ids": IDS + 1000, "labels": IDS}], "refuses a calibration batch .*: index out of range"),
-    "one row": ([{"input_ids": IDS[0], "labels": IDS[0]}], "is one row: its input_ids have one axis"),
-    "texts": (["w1", "w2"], "holds no tensor"),
+    "texts": (["w1", "w2"], "rows of text: pass processing=tokenizer"),
     "lists": ([{"input_ids": IDS.tolist()}], "holds no tensor"),
     "misshapen": ([torch.randn(3, 7, 5)], "the model refuses a calibration batch"),
 }

@@ -264,3 +264,17 @@ def test_models_without_token_embeddings_are_subtracted_from(make, targets):
     model = get_peft_model(make(), LoraConfig(r=2, target_modules=targets))
     report = start(model, "pissa", base="subtract")
     assert {row.base for row in report.layers} == {"subtract"}
+
+
+def test_an_adapted_output_layer_inside_another_module_is_not_subtracted_from():
+    for around in (AROUND["nothing"], Holder):
+        model = around(LLAMA.adapted(target_modules=["lm_head"]))
+        with pytest.raises(LoraInitError, match="lm_head': PEFT writes the weight of an adapted output layer"):
+            start(model, "pissa", base="subtract")
+
+
+def test_a_diagnosis_of_a_held_model_knows_its_start():
+    inner = by_peft()
+    start(Holder(inner), "loram")
+    found = lorainit.diagnose(Holder(inner), LLAMA.batches(), bootstrap=0)
+    assert found.method == "loram"

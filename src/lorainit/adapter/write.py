@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -12,7 +14,7 @@ from ..errors import LoraInitError, NonFiniteError, UnsupportedLayerError
 from ..machine import sharding
 from . import offset
 from .factors import Factors
-from .sites import LoraSite, site_name
+from .sites import LoraSite, config_holders, site_name
 from .undo import Undo
 
 Base = Literal["keep", "offset", "subtract"]
@@ -142,7 +144,7 @@ def _check_start(site: LoraSite, largest_A: float, largest_B: float) -> None:
 
 def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
     """Raise if a base weight cannot be edited without side effects: quantized, shared, or saved with the adapter."""
-    embeddings = [_embedding(model, get) for get in ("get_input_embeddings", "get_output_embeddings")]
+    of_tokens = [table for part in (model, *(m for _, m, _ in config_holders(model))) for table in _embeddings(part)]
     holders: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(parameter), []).append(name)
@@ -169,19 +171,18 @@ def check_can_subtract(model: nn.Module, sites: list[LoraSite]) -> None:
                 f"layer '{site.name}': base='subtract' would also edit {', '.join(others)}, which shares its weight; "
                 "use base='offset'"
             )
-        if site.layer in embeddings:
+        if any(site.layer is table for table in of_tokens):
             raise UnsupportedLayerError(
                 f"layer '{site.name}': PEFT writes the weight of an adapted output layer into every checkpoint, where "
                 "one that base='subtract' has edited would pass for the original; use base='offset'"
             )
 
 
-def _embedding(model: nn.Module, get: str) -> nn.Module | None:
-    """Return an embedding that Transformers' models give; None for a model of something else than text."""
-    try:
-        return getattr(model, get, lambda: None)()
-    except NotImplementedError:
-        return None
+def _embeddings(model: nn.Module) -> Iterator[nn.Module | None]:
+    """Yield the embeddings that Transformers' models give; of something else than text there are none."""
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(NotImplementedError):
+            yield getattr(model, get, lambda: None)()
 
 
 def _subtract(site: LoraSite, undo: Undo) -> None:

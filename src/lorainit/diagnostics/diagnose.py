@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..adapter import scaling, switches
 from ..adapter.offset import is_attached, trained_factor
 from ..adapter.quantized import unpacked
-from ..adapter.sites import LoraSite, find_sites
+from ..adapter.sites import LoraSite, find_sites, owners
 from ..boundaries.teacher import Teacher, find_teacher
 from ..boundaries.tracing import layers_of
 from ..errors import LoraInitError
@@ -86,7 +86,7 @@ def diagnose(
         if curvature:
             found = AdapterLoss(model, sites, batches, loss_function=loss_function).sharpness(seed=seed)
             top = (found.value, found.residual)
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    config = next((owner.configs[adapter_name] for owner in owners(model, adapter_name)), None)
     warnings = [f"{name} is left out: {reason}" for name, reason in unsupported.items()]
     return Diagnosis(
         method=getattr(config, "__dict__", {}).get("_provenance", {}).get("start", {}).get("method"),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..errors import LoraInitError
 from ..machine import memory
@@ -68,9 +68,15 @@ def forward(model: nn.Module, batch: Any) -> Any:
     except LoraInitError:  # raised by a hook
         raise
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        if memory.ran_out(error) or str(error).startswith("Inference tensors cannot"):  # both are known elsewhere
+        if isinstance(error, RuntimeError) and not _is_about_the_batch(error):
             raise
         raise LoraInitError(f"the model refuses a calibration batch ({describe(batch)}): {error}") from error
+
+
+def _is_about_the_batch(error: RuntimeError) -> bool:
+    """Say whether torch refuses a batch's shapes or types; the rest is known elsewhere, or of other processes."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return not (together or memory.ran_out(error) or str(error).startswith("Inference tensors cannot"))
 
 
 def describe(batch: Any) -> str:
