@@ -130,9 +130,15 @@ DEEP = Case(
 )
 
 
+def settled() -> None:
+    """Load now what a start loads when it first needs it: the limits that follow are about the sums alone."""
+    torch.set_num_threads(1)
+    cases.start(LLAMA.adapted(), "corda", data=LLAMA.batches())
+
+
 def starved() -> dict[str, Any]:
     """Start in a process with less memory than all sums together take: 24 of 4.5 MB, where a layer needs some 45."""
-    torch.set_num_threads(1)
+    settled()
     model, data = DEEP.adapted(), DEEP.batches()
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 80 * 2**20, resource.RLIM_INFINITY))
@@ -146,7 +152,7 @@ def starved() -> dict[str, Any]:
 
 def offloaded(folder: Path) -> dict[str, Any]:
     """Start in a process whose own memory (mapped files are not counted) is less than all sums together take."""
-    torch.set_num_threads(1)
+    settled()
     data, model, other = DEEP.batches(), DEEP.adapted(), DEEP.adapted()
     status = Path("/proc/self/status").read_text()
     limit = 1024 * int(status.split("VmData:")[1].split()[0]) + 80 * 2**20
@@ -165,7 +171,7 @@ def offloaded(folder: Path) -> dict[str, Any]:
 
 def starved_to_death() -> dict[str, Any]:
     """The same with an iterator, which cannot be run again: an error, and the model is as it was."""
-    torch.set_num_threads(1)
+    settled()
     model, data = DEEP.adapted(), DEEP.batches()
     snapshot = cases.Snapshot.of(model)
     pages = int(Path("/proc/self/statm").read_text().split()[0])

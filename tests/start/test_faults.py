@@ -36,7 +36,8 @@ SPLIT = "memory ran out on a group of 24 layers: it was split and the data run a
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # a thread's own arena reserves 64 MB of address space, which is what the limits count
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, victims.__file__, str(tmp_path_factory.mktemp("victims"))]
     here = Path(victims.__file__).parent
     done = subprocess.run(command, env=environment, cwd=here, timeout=600, capture_output=True, check=False)
